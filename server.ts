@@ -506,11 +506,16 @@ async function main() {
   const log = createLog(settings.logLevel);
   const store = await openTaskStore(settings.databaseUrl, log.info);
   const server = createServer(settings, store);
-  server.listen(settings.port, settings.host);
-  await once(server, "listening");
-  log.info(
-    `Listening on ${settings.host}:${settings.port} for ${settings.serverUrl}, users from ${settings.issuer}`,
-  );
+  const { host, serverUrl, issuer } = settings;
+  try {
+    await once(server.listen(settings.port, host), "listening");
+  } catch (error) {
+    const isTaken = error instanceof Error && "code" in error && error.code === "EADDRINUSE";
+    const why = isTaken ? "the port is in use. Set PORT to another" : reason(error);
+    throw new Error(`Cannot listen on ${host}:${settings.port}: ${why}`);
+  }
+  const { port } = server.address() as net.AddressInfo;
+  log.info(`Listening on ${host}:${port} for ${serverUrl}, with users from ${issuer}`);
 
   // A mistake in one user's tool call must not end the service of all others.
   for (const event of ["uncaughtException", "unhandledRejection"] as const) {
@@ -530,7 +535,7 @@ const isMain = process.argv[1] !== undefined &&
   realpathSync(process.argv[1]) === fileURLToPath(import.meta.url);
 if (isMain) {
   await main().catch((error: unknown) => {
-    process.stderr.write(`${reason(error)}\n`);
+    process.stderr.write(`${error instanceof Error ? error.message : error}\n`);
     process.exit(1);
   });
 }

@@ -1,7 +1,10 @@
-/** Starts the real server inside the test's process, on loopback, as `main` of server.ts does. */
+/** Starts the real server on loopback: inside the test's process, or as a process of its own. */
+import { spawn } from "node:child_process";
+import type { ChildProcess } from "node:child_process";
 import { once } from "node:events";
 import { createServer as createNetServer } from "node:net";
 import type { AddressInfo } from "node:net";
+import { createInterface } from "node:readline";
 import { createServer, readSettings } from "../server.ts";
 import { openTaskStore } from "../tools.ts";
 import type { TaskStore } from "../tools.ts";
@@ -49,4 +52,38 @@ export async function startServer(env: Record<string, string>, store?: TaskStore
       await tasks.close();
     },
   };
+}
+
+export interface ServerProcess {
+  child: ChildProcess;
+  /** What it has written to stderr so far. */
+  lines: string[];
+  /** Resolves when it says that it listens, or has ended. */
+  ready: Promise<unknown>;
+  /** Resolves with the exit status, or the signal that ended it, when all its output is there. */
+  exited: Promise<number | NodeJS.Signals>;
+}
+
+/**
+ * Runs server.ts as a user would: a process of its own, on the runtime and with the loader that run this file, given
+ * its environment and nothing else.
+ *
+ * @param cwd Where a `.env` would be read.
+ */
+export function spawnServer(env: Record<string, string>, cwd: string = import.meta.dirname): ServerProcess {
+  const run = "Deno" in globalThis ? ["run", "-A"] : process.execArgv;
+  const child = spawn(process.execPath, [...run, `${import.meta.dirname}/../server.ts`], {
+    cwd,
+    env: { PATH: process.env.PATH, ...env },
+    stdio: ["ignore", "inherit", "pipe"],
+  });
+  const lines: string[] = [];
+  const exited = once(child, "close").then(([code, signal]) => code ?? signal);
+  const listening = new Promise((resolve) => {
+    createInterface(child.stderr).on("line", (line) => {
+      lines.push(line);
+      if (line.includes("Listening on")) resolve(line);
+    });
+  });
+  return { child, lines, ready: Promise.race([listening, exited]), exited };
 }
