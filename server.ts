@@ -481,7 +481,7 @@ function createHealthCheck(store: TaskStore): () => Promise<boolean> {
 }
 
 /**
- * Lets requests in flight finish and refuses new connections. Resolves when the last connection is closed, after 9
+ * Lets requests in flight finish and refuses new connections. Resolves when the last connection is closed, after 7
  * seconds at most.
  */
 export async function stop(server: http.Server): Promise<void> {
@@ -490,19 +490,20 @@ export async function stop(server: http.Server): Promise<void> {
   // requests that are just on their way; so they get a second to arrive, and are answered with Connection: close.
   net.Server.prototype.close.call(server);
   const closeIdle = setInterval(() => server.closeIdleConnections(), 1_000);
-  const closeAll = setTimeout(() => server.closeAllConnections(), 9_000);
+  const closeAll = setTimeout(() => server.closeAllConnections(), 7_000);
   await closed;
   clearInterval(closeIdle);
   clearTimeout(closeAll);
 }
 
 async function main() {
+  const real = { ...process.env };
   try {
     process.loadEnvFile();
   } catch {
     // No .env: the environment alone, then.
   }
-  const settings = readSettings(process.env);
+  const settings = readSettings({ ...process.env, ...real }); // Deno's loadEnvFile overwrites what is set
   const log = createLog(settings.logLevel);
   const store = await openTaskStore(settings.databaseUrl, log.info);
   const server = createServer(settings, store);
@@ -514,9 +515,6 @@ async function main() {
     const why = isTaken ? "the port is in use. Set PORT to another" : reason(error);
     throw new Error(`Cannot listen on ${host}:${settings.port}: ${why}`);
   }
-  const { port } = server.address() as net.AddressInfo;
-  log.info(`Listening on ${host}:${port} for ${serverUrl}, with users from ${issuer}`);
-
   // A mistake in one user's tool call must not end the service of all others.
   for (const event of ["uncaughtException", "unhandledRejection"] as const) {
     process.on(event, (error: unknown) => log.info(`Unexpected, and survived: ${reason(error)}`));
@@ -529,6 +527,9 @@ async function main() {
       process.exit();
     });
   }
+
+  const { port } = server.address() as net.AddressInfo;
+  log.info(`Listening on ${host}:${port} for ${serverUrl}, with users from ${issuer}`);
 }
 
 const isMain = process.argv[1] !== undefined &&

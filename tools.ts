@@ -631,6 +631,6 @@ async function openPostgres(url: string): Promise<Database> {
         late.abort();
       }
     },
-    close: () => sql.end({ timeout: 5 }),
+    close: () => sql.end({ timeout: 2 }),
   };
 }

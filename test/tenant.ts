@@ -512,7 +512,7 @@ export class Tenant {
     return this.#issueTokens(grant, "oidc-basic-profile");
   }
 
-  /** Each refresh token is for one use. A second use means that it was stolen: all its kin go (RFC 9700 §4.14.2). */
+  /** Each refresh token is for one use. A second use means theft, and ends all its kin (RFC 9700 §4.14.2). */
   #refresh(application: Application, parameters: URLSearchParams): Promise<TokenReply> {
     const refreshToken = this.#refreshTokens.get(parameters.get("refresh_token") ?? "");
     if (refreshToken?.used) refreshToken.grant.revoked = true;
