@@ -135,12 +135,12 @@ test("a .env is read, and the real environment wins", async (t) => {
     MCP_SERVER_URL: `http://localhost:${inFile}/from-file`,
   };
   await writeFile(join(directory, ".env"), Object.entries(file).map((pair) => pair.join("=")).join("\n"));
-  const { child, ready, exited } = spawnServer({ PORT: String(real) }, directory);
-  t.after(() => child.kill("SIGKILL"));
+  const { kill, ready, exited } = spawnServer({ PORT: String(real) }, directory);
+  t.after(() => kill("SIGKILL"));
   await ready;
   const reply = await fetch(`http://127.0.0.1:${real}/.well-known/oauth-protected-resource`);
   assert.equal((await reply.json()).resource, `http://localhost:${inFile}/from-file`);
-  child.kill("SIGTERM");
+  kill("SIGTERM");
   assert.equal(await exited, 0);
 });
 
@@ -155,7 +155,7 @@ async function logOf(level: string): Promise<{ log: string; token: string }> {
     DATABASE_URL: "memory:",
     LOG_LEVEL: level,
   };
-  const { child, lines, ready, exited } = spawnServer(env);
+  const { kill, lines, ready, exited } = spawnServer(env);
   if (level !== "silent") await ready;
   // A silent server cannot say when it listens: it is asked until it answers.
   while (!await fetch(`http://localhost:${port}/healthz`).then(({ ok }) => ok, () => false));
@@ -176,7 +176,7 @@ async function logOf(level: string): Promise<{ log: string; token: string }> {
       }),
     });
   }
-  child.kill("SIGTERM");
+  kill("SIGTERM");
   assert.equal(await exited, 0);
   return { log: lines.join("\n"), token };
 }
@@ -206,9 +206,9 @@ test("the log never holds a token, a query or what a client smuggles in", async 
 
 test("SIGINT and SIGTERM end the server with status 0", async () => {
   for (const signal of ["SIGINT", "SIGTERM"] as const) {
-    const { child, ready, exited } = spawnServer({ ...REQUIRED, PORT: "0", DATABASE_URL: "memory:" });
+    const { kill, ready, exited } = spawnServer({ ...REQUIRED, PORT: "0", DATABASE_URL: "memory:" });
     await ready;
-    child.kill(signal);
+    kill(signal);
     assert.equal(await exited, 0);
   }
 });

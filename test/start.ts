@@ -1,6 +1,5 @@
 /** Starts the real server on loopback: inside the test's process, or as a process of its own. */
 import { spawn } from "node:child_process";
-import type { ChildProcess } from "node:child_process";
 import { once } from "node:events";
 import { createServer as createNetServer } from "node:net";
 import type { AddressInfo } from "node:net";
@@ -55,7 +54,8 @@ export async function startServer(env: Record<string, string>, store?: TaskStore
 }
 
 export interface ServerProcess {
-  child: ChildProcess;
+  pid: number;
+  kill(signal: NodeJS.Signals): void;
   /** What it has written to stderr so far. */
   lines: string[];
   /** Resolves when it says that it listens, or has ended. */
@@ -85,5 +85,11 @@ export function spawnServer(env: Record<string, string>, cwd: string = import.me
       if (line.includes("Listening on")) resolve(line);
     });
   });
-  return { child, lines, ready: Promise.race([listening, exited]), exited };
+  const { pid } = child;
+  if (pid === undefined) throw new Error(`${process.execPath} cannot be started`);
+  // Not child.kill: Deno would then report the signal in place of the exit status.
+  const kill = (signal: NodeJS.Signals) => {
+    if (child.exitCode === null && child.signalCode === null) process.kill(pid, signal);
+  };
+  return { pid, kill, lines, ready: Promise.race([listening, exited]), exited };
 }
