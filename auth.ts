@@ -120,7 +120,7 @@ export function createAuthenticator(tenant: Tenant): (authorization: string | un
 
 /** The token from the header, and from nowhere else: never from the query string (RFC 9700 §4.3.2). */
 function bearerToken(authorization: string | undefined): string {
-  const [, token = ""] = /^bearer +(.*?) *$/i.exec(authorization ?? "") ?? [];
+  const [, token = ""] = /^bearer +(.+)$/i.exec(authorization ?? "") ?? [];
   if (token === "") {
     const found = authorization === undefined
       ? "Authorization is missing"
@@ -232,6 +232,7 @@ function explain(error: unknown, tenant: Tenant): AuthError {
     503,
     undefined,
     `Auth0's signing keys cannot be had from ${keySetUrl(tenant)}: try again`,
+    error,
   );
 }
 

@@ -187,7 +187,7 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
   const metadata = protectedResourceMetadata(tenant, "Tasks", requestedScopes(settings));
   const welcome = `An MCP server for ChatGPT, with users signed in through Auth0.
 
-Paste this URL into ChatGPT (Settings, Apps, Advanced, Developer mode, Create):
+Paste this URL into ChatGPT (README, Step 7):
 
   ${serverUrl}
 
@@ -237,34 +237,33 @@ What a client reads first: ${metadataUrl(serverUrl)}
     // Stateless: there is no stream to open with GET and no session to end with DELETE.
     if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { Allow: "POST" });
     const messages = readMessages(request.headers, await readJson(request));
-    const calls = messages.filter(mcp.isJSONRPCRequest);
-    const tools = calls.flatMap(({ method, params }) =>
-      method === "tools/call" ? [String(params?.name)] : []
-    );
-    visit.call = [...messages.flatMap((message) => "method" in message ? message.method : []), ...tools].join(
-      " ",
-    );
+    const requests = messages.filter(mcp.isJSONRPCRequest);
+    const calls = requests.filter(({ method }) => method === "tools/call");
+    const tools = calls.map(({ params }) => String(params?.name));
+    const methods = messages.map((message) => "method" in message ? message.method : "reply");
+    visit.call = [...methods, ...tools].join(" ").slice(0, 200);
 
     const server = createMcpServer(caller, store, tools);
     response.on("close", () => void server.close()); // whichever way the request ends
-    const replies = await exchange(server, messages, calls.length);
+    const replies = await exchange(server, messages, requests.length);
     if (replies.length === 0) response.writeHead(202).end();
     else reply(response, 200, replies.length === 1 ? replies[0] : replies);
   }
 
   function refuse(error: unknown, response: http.ServerResponse, visit: Visit) {
     visit.refusal = reason(error);
-    if (response.headersSent || response.destroyed) return response.destroy();
-    if (error instanceof AuthError) {
+    if (response.headersSent || response.destroyed) {
+      response.destroy();
+    } else if (error instanceof AuthError) {
       const { status, code, message } = error;
       const header = challenge(serverUrl, code && { error: code, error_description: message });
       const headers = status === 401 ? { "WWW-Authenticate": header } : { "Retry-After": "5" };
-      return reply(response, status, rpcError(-32000, message), headers);
+      replyError(response, new HttpError(status, message, headers));
+    } else {
+      const failure = () =>
+        new HttpError(500, "The server failed; its log says why", {}, mcp.ErrorCode.InternalError);
+      replyError(response, error instanceof HttpError ? error : failure());
     }
-    const { status, message, headers, code } = error instanceof HttpError
-      ? error
-      : new HttpError(500, "The server failed; its log says why", {}, -32603);
-    reply(response, status, rpcError(code, message), headers);
   }
 
   const server = http.createServer(LIMITS, async (request, response) => {
@@ -338,8 +337,9 @@ function answerPreflight(response: http.ServerResponse) {
   response.end();
 }
 
-function rpcError(code: number, message: string) {
-  return { jsonrpc: "2.0", error: { code, message }, id: null };
+/** A refusal as MCP's clients read it: a JSON-RPC error that answers no request in particular. */
+function replyError(response: http.ServerResponse, { status, message, headers, code }: HttpError) {
+  reply(response, status, { jsonrpc: "2.0", error: { code, message }, id: null }, headers);
 }
 
 /** The body as JSON. The size is counted while it comes in, whatever Content-Length says. */
