@@ -280,16 +280,18 @@ const KEY_SET_MAX_BYTES = 64 * 1024;
  */
 function signingKeys(tenant: Tenant): JWTVerifyGetKey {
   let loadedAt = 0;
-  let failedAt = 0;
+  let failure = { at: 0, error: undefined as unknown };
   let warnedAt = 0;
 
   const fetchKeySet: FetchImplementation = async (url, options) => {
+    // jose's cooldown counts from the last success only: in an outage made-up kids would ask Auth0 without pause.
+    if (loadedAt > 0 && Date.now() - failure.at < 1_000) throw failure.error;
     try {
       const keySet = await readKeySet(await fetch(url, options));
       loadedAt = Date.now();
       return Response.json(keySet);
     } catch (error) {
-      failedAt = Date.now();
+      failure = { at: Date.now(), error };
       throw error;
     }
   };
@@ -301,9 +303,7 @@ function signingKeys(tenant: Tenant): JWTVerifyGetKey {
   });
 
   async function refresh() {
-    // In a known outage nobody waits: known keys serve, and one attempt a second looks for new ones.
-    const sinceFailure = Date.now() - failedAt;
-    if (sinceFailure < 1_000) return;
+    const isKnownOutage = Date.now() - failure.at < 60_000;
     const attempt = remote.reload().catch((error: unknown) => {
       if (Date.now() - warnedAt < 60_000) return;
       warnedAt = Date.now();
@@ -312,7 +312,7 @@ function signingKeys(tenant: Tenant): JWTVerifyGetKey {
         `${keySetUrl(tenant)} cannot be had (${reason(error)}): going on with keys ${minutes} minutes old`,
       );
     });
-    if (sinceFailure > 60_000) await attempt;
+    if (!isKnownOutage) await attempt; // in a known one nobody is kept waiting
   }
 
   return async (header, token) => {
