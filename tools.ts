@@ -315,7 +315,10 @@ async function call(
   } catch (error) {
     if (error instanceof ToolError) return toolError(error.message);
     settings.warn(`${tool.name} failed: ${reason(error)}`);
-    return toolError("The tasks cannot be reached right now, and nothing was changed. Try again in a minute");
+    return toolError(
+      "The tasks cannot be reached right now. Try again in a minute; a change may have been made or not, so " +
+        "look with list_tasks first",
+    );
   }
 }
 
@@ -329,7 +332,7 @@ function toolError(text: string): CallToolResult {
  */
 function insufficientScope(scope: string, settings: ToolSettings): CallToolResult {
   const description =
-    `This tool needs the permission ${scope}, which the token does not grant: README, Make it yours`;
+    `This tool needs the permission ${scope}, which the token does not grant: README, Permissions per tool`;
   const header = challenge(settings.resource, {
     error: "insufficient_scope",
     error_description: description,
@@ -585,9 +588,9 @@ async function openSqlite(url: string): Promise<Database> {
         try {
           return run(sql, values);
         } catch (error) {
-          const SQLITE_BUSY = 5; // another process is writing
-          const isBusy = error instanceof Error && "errcode" in error && error.errcode === SQLITE_BUSY;
-          if (!isBusy || Date.now() > deadline) throw error;
+          const SQLITE_BUSY = 5; // another process is writing; the higher bits tell why
+          const code = error instanceof Error && "errcode" in error ? Number(error.errcode) & 0xff : 0;
+          if (code !== SQLITE_BUSY || Date.now() > deadline) throw error;
           await delay(10);
         }
       }
@@ -601,12 +604,19 @@ async function openPostgres(url: string): Promise<Database> {
   const { default: postgres } = await import("postgres").catch(() => {
     throw new Error("its driver is missing, run: npm install postgres");
   });
-  const sql = postgres(url, {
-    max: 10,
-    connect_timeout: 5, // seconds
-    connection: { application_name: "tasks", statement_timeout: 5_000 },
-    onnotice: () => {}, // "relation already exists, skipping"
-  });
+  const connect = () =>
+    postgres(url, {
+      max: 10,
+      connect_timeout: 5, // seconds
+      backoff: false, // while the database is away a call fails at once, and the first one after its return succeeds
+      connection: {
+        application_name: "tasks",
+        statement_timeout: 5_000, // milliseconds
+        idle_in_transaction_session_timeout: 3_000, // or an instance that vanished would keep its user locked
+      },
+      onnotice: () => {}, // "relation already exists, skipping"
+    });
+  let sql = connect();
 
   function run(text: string, values: Value[], lock: string | undefined) {
     if (lock === undefined) return sql.unsafe(text, values, { prepare: true });
@@ -620,15 +630,20 @@ async function openPostgres(url: string): Promise<Database> {
 
   return {
     async query(text, values, lock) {
-      const late = new AbortController();
+      const used = sql;
+      const answered = new AbortController();
+      const timeout = delay(8_000, undefined, { signal: answered.signal }).then(() => {
+        // Connections to a host that is gone look open for a quarter of an hour: away with all of them.
+        if (used === sql) {
+          sql = connect();
+          void used.end({ timeout: 0 });
+        }
+        throw new Error("no answer from PostgreSQL in 8 seconds");
+      });
       try {
-        // statement_timeout is kept by the database; a host that has vanished keeps nothing.
-        const timeout = delay(8_000, undefined, { signal: late.signal }).then(() => {
-          throw new Error("no answer from PostgreSQL in 8 seconds");
-        });
         return await Promise.race([run(text, values, lock), timeout]);
       } finally {
-        late.abort();
+        answered.abort();
       }
     },
     close: () => sql.end({ timeout: 2 }),
