@@ -493,9 +493,9 @@ function createHealthCheck(store: TaskStore): () => Promise<boolean> {
 export async function stop(server: http.Server): Promise<void> {
   const closed = once(server, "close");
   // Only stops listening. http's own `close` would cut idle connections in the same moment, and with them the
-  // requests that are just on their way; so they get a second to arrive, and are answered with Connection: close.
+  // requests that are just on their way; so they get a moment to arrive, and are answered with Connection: close.
   net.Server.prototype.close.call(server);
-  const closeIdle = setInterval(() => server.closeIdleConnections(), 1_000);
+  const closeIdle = setInterval(() => server.closeIdleConnections(), 250);
   const closeAll = setTimeout(() => server.closeAllConnections(), 7_000);
   await closed;
   clearInterval(closeIdle);

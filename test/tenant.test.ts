@@ -100,7 +100,7 @@ test("both discovery documents say what Auth0's say, registration listed though 
   assert.deepEqual(body.code_challenge_methods_supported, ["S256", "plain"]);
   assert.equal(body.scopes_supported?.length, 14);
   assert.equal(body.client_id_metadata_document_supported, undefined);
-  assert.equal((await register(tenant)).status, 404);
+  assert.equal((await register(tenant)).status, 400);
 });
 
 test("registration ends at the tenant's application limit", async (t) => {

@@ -43,7 +43,8 @@ const STANDARD_SCOPES = ["openid", "profile", "email", "address", "phone"];
 /** Parameters of /authorize that Auth0 documents: to a strict client any other is an error. */
 const AUTHORIZE_PARAMETERS = (
   "response_type client_id redirect_uri scope state code_challenge code_challenge_method audience resource " +
-  "nonce prompt max_age login_hint ui_locales response_mode connection organization screen_hint"
+  "nonce prompt max_age login_hint ui_locales acr_values display authorization_details correlation_id dpop_jkt " +
+  "response_mode connection organization"
 ).split(" ");
 
 const TOKEN_LIFETIME_SECONDS = 86_400;
@@ -366,7 +367,7 @@ export class Tenant {
   #register(body: string): Response {
     const { kind, dynamicClientRegistration, applications, applicationLimit } = this.settings;
     if (!dynamicClientRegistration) {
-      throw new OAuthError("not_found", "Dynamic client registration is disabled", 404);
+      throw new OAuthError("invalid_request", "Dynamic client registration is disabled");
     }
     if (applications.length >= applicationLimit) {
       const description = "You reached the limit of entities of this type for this tenant";
