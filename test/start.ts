@@ -1,6 +1,7 @@
 /** Starts the real server on loopback: inside the test's process, or as a process of its own. */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
+import type { Server } from "node:http";
 import { createServer as createNetServer } from "node:net";
 import type { AddressInfo } from "node:net";
 import { createInterface } from "node:readline";
@@ -22,14 +23,20 @@ export interface RunningServer {
   /** MCP_SERVER_URL */
   url: string;
   store: TaskStore;
+  http: Server;
   close(): Promise<void>;
 }
 
 /**
  * @param env Overrides what a test needs: AUTH0_DOMAIN at least. Tasks are kept in memory unless it says otherwise.
  * @param store Where a test brings its own; it is closed with the server all the same.
+ * @param create Where a test brings a changed server.
  */
-export async function startServer(env: Record<string, string>, store?: TaskStore): Promise<RunningServer> {
+export async function startServer(
+  env: Record<string, string>,
+  store?: TaskStore,
+  create = createServer,
+): Promise<RunningServer> {
   const port = await freePort();
   const url = env.MCP_SERVER_URL ?? `http://localhost:${port}/mcp`;
   const settings = readSettings({
@@ -40,11 +47,12 @@ export async function startServer(env: Record<string, string>, store?: TaskStore
     PORT: new URL(url).port || String(port),
   });
   const tasks = store ?? await openTaskStore(settings.databaseUrl, () => {});
-  const server = createServer(settings, tasks).listen(settings.port, settings.host);
+  const server = create(settings, tasks).listen(settings.port, settings.host);
   await once(server, "listening");
   return {
     url,
     store: tasks,
+    http: server,
     async close() {
       server.close();
       server.closeAllConnections();
