@@ -448,20 +448,20 @@ type Value = string | number | null;
 
 /** A database that takes `$1`, `$2`… for bound values: what SQLite and PostgreSQL have to differ in. */
 interface Database {
-  /** @param lock Calls with the same lock wait for each other, from whatever process they come. */
-  query(sql: string, values: Value[], lock?: string): Promise<Record<string, unknown>[]>;
+  query(sql: string, values: Value[]): Promise<Record<string, unknown>[]>;
+  /** For FROM: `count` and `newest` of the tasks of owner `$1`, which no other statement adds to meanwhile. */
+  ownTasks: string;
   close(): Promise<void>;
 }
 
-const SCHEMA = [
-  // The two unique constraints are also the indexes that serve the list and the idempotency key.
-  `CREATE TABLE IF NOT EXISTS tasks (
+// The two unique constraints are also the indexes that serve the list and the idempotency key.
+const SCHEMA = `
+  CREATE TABLE IF NOT EXISTS tasks (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL, notes TEXT, status TEXT NOT NULL, due_at TEXT,
     created_at BIGINT NOT NULL, updated_at BIGINT NOT NULL, idempotency_key TEXT,
-    UNIQUE (owner, created_at), UNIQUE (owner, idempotency_key))`,
-  "CREATE INDEX IF NOT EXISTS tasks_by_status ON tasks (owner, status, created_at)",
-  "CREATE TABLE IF NOT EXISTS health (id INTEGER PRIMARY KEY, checked_at BIGINT NOT NULL)",
-];
+    UNIQUE (owner, created_at), UNIQUE (owner, idempotency_key));
+  CREATE INDEX IF NOT EXISTS tasks_by_status ON tasks (owner, status, created_at);
+  CREATE TABLE IF NOT EXISTS health (id INTEGER PRIMARY KEY, checked_at BIGINT NOT NULL)`;
 const COLUMNS = "id, title, notes, status, due_at, created_at, updated_at";
 
 /** Tasks in SQL that both databases understand. Times are whole milliseconds, `due_at` is text. */
@@ -473,7 +473,6 @@ class SqlStore implements TaskStore {
   }
 
   static async open(database: Database): Promise<SqlStore> {
-    for (const statement of SCHEMA) await database.query(statement, [], "schema");
     const store = new SqlStore(database);
     await store.check(); // a database that can only be read should stop the start, not the first user
     return store;
@@ -494,12 +493,11 @@ class SqlStore implements TaskStore {
     const [row] = await this.#database.query(
       `INSERT INTO tasks (owner, id, title, notes, due_at, idempotency_key, status, created_at, updated_at)
        SELECT $1, $2, $3, $4, $5, $6, 'todo', now, now FROM (
-         SELECT count(*) AS count, CASE WHEN max(created_at) >= CAST($7 AS BIGINT) THEN max(created_at) + 1
-           ELSE CAST($7 AS BIGINT) END AS now FROM tasks WHERE owner = $1) AS mine
+         SELECT count, CASE WHEN newest >= CAST($7 AS BIGINT) THEN newest + 1 ELSE CAST($7 AS BIGINT) END AS now
+           FROM ${this.#database.ownTasks}) AS own
        WHERE count < ${MAX_TASKS}
        ON CONFLICT (owner, idempotency_key) DO NOTHING RETURNING ${COLUMNS}`,
       [owner, randomUUID(), title, notes, due_at, key, Date.now()],
-      owner,
     );
     if (row !== undefined) return toTask(row);
     const [known] = await this.#database.query(
@@ -571,7 +569,7 @@ async function openSqlite(url: string): Promise<Database> {
   // FULL: an acknowledged write survives a power cut, too. The time-out is for the start alone: later it would
   // hold up every user of this process while another one writes.
   database.exec(
-    "PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 0",
+    `PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; ${SCHEMA}; PRAGMA busy_timeout = 0`,
   );
   const statements = new Map<string, ReturnType<typeof database.prepare>>();
 
@@ -595,9 +593,20 @@ async function openSqlite(url: string): Promise<Database> {
         }
       }
     },
+    ownTasks: "(SELECT count(*) AS count, max(created_at) AS newest FROM tasks WHERE owner = $1)",
     close: () => Promise.resolve(database.close()),
   };
 }
+
+// Without a transaction that the client holds open, which postgres.js 3.4 does not end well when its connection is
+// lost (porsager/postgres#1208). A VOLATILE function sees what was committed while it waited for the lock.
+const POSTGRES_SCHEMA = `
+  SELECT pg_advisory_xact_lock(0);
+  ${SCHEMA};
+  CREATE OR REPLACE FUNCTION own_tasks(owner TEXT, OUT count BIGINT, OUT newest BIGINT) VOLATILE LANGUAGE sql AS $$
+    SELECT pg_advisory_xact_lock(hashtextextended(own_tasks.owner, 0));
+    SELECT count(*), max(created_at) FROM tasks WHERE tasks.owner = own_tasks.owner
+  $$`;
 
 /** Loaded only when asked for: `npm install postgres`. TLS is as the URL's `sslmode` says. */
 async function openPostgres(url: string): Promise<Database> {
@@ -609,43 +618,35 @@ async function openPostgres(url: string): Promise<Database> {
       max: 10,
       connect_timeout: 5, // seconds
       backoff: false, // while the database is away a call fails at once, and the first one after its return succeeds
-      connection: {
-        application_name: "tasks",
-        statement_timeout: 5_000, // milliseconds
-        idle_in_transaction_session_timeout: 3_000, // or an instance that vanished would keep its user locked
-      },
+      connection: { application_name: "tasks", statement_timeout: 5_000 }, // milliseconds
       onnotice: () => {}, // "relation already exists, skipping"
     });
   let sql = connect();
-
-  function run(text: string, values: Value[], lock: string | undefined) {
-    if (lock === undefined) return sql.unsafe(text, values, { prepare: true });
-    return sql.begin(async (transaction) => {
-      await transaction.unsafe("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", [lock], {
-        prepare: true,
-      });
-      return transaction.unsafe(text, values, { prepare: true });
-    });
-  }
+  await sql.unsafe(POSTGRES_SCHEMA);
 
   return {
-    async query(text, values, lock) {
+    async query(text, values) {
       const used = sql;
       const answered = new AbortController();
       const timeout = delay(8_000, undefined, { signal: answered.signal }).then(() => {
-        // Connections to a host that is gone look open for a quarter of an hour: away with all of them.
-        if (used === sql) {
-          sql = connect();
-          void used.end({ timeout: 0 });
-        }
         throw new Error("no answer from PostgreSQL in 8 seconds");
       });
       try {
-        return await Promise.race([run(text, values, lock), timeout]);
+        return await Promise.race([used.unsafe(text, values, { prepare: true }), timeout]);
+      } catch (error) {
+        // A connection is lost, and the driver may never get over it (porsager/postgres#1208); or its host is gone,
+        // and TCP would wait for that for a quarter of an hour. So all are made anew.
+        const isLost = !(error instanceof postgres.PostgresError) || error.severity !== "ERROR";
+        if (isLost && used === sql) {
+          sql = connect();
+          void used.end({ timeout: 1 });
+        }
+        throw error;
       } finally {
         answered.abort();
       }
     },
+    ownTasks: "own_tasks($1)",
     close: () => sql.end({ timeout: 2 }),
   };
 }
