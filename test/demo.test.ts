@@ -1,6 +1,7 @@
 /** `npm run demo` as a user runs it, with every setting left out once. */
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
+import { readFileSync } from "node:fs";
 import { describe, test } from "node:test";
 
 /** What the screen must show of each setting: the words of the README's troubleshooting, and the step. */
@@ -23,6 +24,27 @@ const SYMPTOMS: Record<string, { symptom: RegExp; step: string }> = {
   "signing-keys": { symptom: /503 .*signing keys cannot be had/, step: "Step 0" },
   "permissions": { symptom: /insufficient_scope.*tasks:write/, step: "Permissions per tool" },
 };
+
+const [, TROUBLESHOOTING = ""] = readFileSync(new URL("../README.md", import.meta.url), "utf8").split(
+  "\n## Troubleshooting\n",
+);
+
+/** The README's troubleshooting section that is reproduced with this setting must fit what the screen shows. */
+function assertReadmeAgrees(setting: string, output: string): void {
+  const section = TROUBLESHOOTING.split(/^### /m).find((part) => part.includes(`--break ${setting}\``)) ??
+    assert.fail(`The README does not say how to reproduce ${setting}`);
+  const [heading = ""] = section.split("\n");
+  const quoted = [...section.replaceAll("\n", " ").matchAll(/(?<=[ (])_([^_]+)_|`([^`]+)`/g)].map((
+    [, a, b],
+  ) => a ?? b ?? "");
+  const isShown = (words: string) =>
+    words.length > 7 && output.toLowerCase().includes((words.split("…")[0] ?? "").toLowerCase());
+  assert.ok([heading, ...quoted.filter((words) => !words.startsWith("npm "))].some(isShown), heading);
+
+  const [, mendedBy = ""] = /Mended by +README, (.*)/.exec(output) ?? [];
+  const anchor = mendedBy.split(", ").at(-1)?.toLowerCase().replace(/[^a-z0-9 -]/g, "").replaceAll(" ", "-");
+  assert.ok(section.includes(`(#${anchor})`), `${heading} does not link to ${mendedBy}`);
+}
 
 /** On the runtime and with the loader that run this file. */
 function run(...args: string[]): Promise<{ status: number; stdout: string; stderr: string }> {
@@ -55,6 +77,7 @@ describe("npm run demo", { concurrency: 2 }, () => {
       assert.equal(status, 0, stdout + stderr);
       assert.match(stdout, symptom);
       assert.match(stdout, new RegExp(`Mended by .*${step}`));
+      assertReadmeAgrees(setting, stdout);
     });
   }
 
