@@ -141,11 +141,18 @@ export function readSettings(env: Record<string, string | undefined>): Settings 
 const MAX_BODY_BYTES = 1024 * 1024;
 const MAX_BATCH = 100; // as the SDK's own transport
 
+interface Refusal {
+  status: number;
+  message: string;
+  headers: Record<string, string>;
+  /** Of the JSON-RPC error in the body. */
+  code: number;
+}
+
 /** A request refused for what it is as HTTP. The message is for whoever wrote the client. */
-class HttpError extends Error {
+class HttpError extends Error implements Refusal {
   readonly status: number;
   readonly headers: Record<string, string>;
-  /** Of the JSON-RPC error in the body. */
   readonly code: number;
 
   constructor(status: number, message: string, headers: Record<string, string> = {}, code = -32000) {
@@ -237,7 +244,7 @@ What a client reads first: ${metadataUrl(serverUrl)}
     // Stateless: there is no stream to open with GET and no session to end with DELETE.
     if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { Allow: "POST" });
     const messages = readMessages(request.headers, await readJson(request));
-    const requests = messages.filter(mcp.isJSONRPCRequest);
+    const requests = messages.filter((message) => "method" in message && "id" in message);
     const tools = requests.flatMap(({ method, params }) =>
       method === "tools/call" && typeof params?.name === "string" ? [params.name] : []
     );
@@ -259,7 +266,7 @@ What a client reads first: ${metadataUrl(serverUrl)}
       const { status, code, message } = error;
       const header = challenge(serverUrl, code && { error: code, error_description: message });
       const headers = status === 401 ? { "WWW-Authenticate": header } : { "Retry-After": "5" };
-      replyError(response, new HttpError(status, message, headers));
+      replyError(response, { status, message, headers, code: -32000 });
     } else {
       const failure = () =>
         new HttpError(500, "The server failed; its log says why", {}, mcp.ErrorCode.InternalError);
@@ -340,7 +347,7 @@ function answerPreflight(response: http.ServerResponse) {
 }
 
 /** A refusal as MCP's clients read it: a JSON-RPC error that answers no request in particular. */
-function replyError(response: http.ServerResponse, { status, message, headers, code }: HttpError) {
+function replyError(response: http.ServerResponse, { status, message, headers, code }: Refusal) {
   reply(response, status, { jsonrpc: "2.0", error: { code, message }, id: null }, headers);
 }
 
@@ -372,7 +379,7 @@ function readBody(request: http.IncomingMessage): Promise<string> {
     });
     request.on("end", () => resolve(Buffer.concat(chunks).toString()));
     request.on("error", reject);
-    request.on("close", () => reject(new Error("The client has gone"))); // after "end" this does nothing
+    request.on("close", () => request.readableEnded || reject(new Error("The client has gone")));
   });
 }
 
@@ -445,7 +452,7 @@ async function exchange(
   const replies: mcp.JSONRPCMessage[] = [];
   return new Promise((resolve, reject) => {
     client.onmessage = (message) => {
-      const isReply = mcp.isJSONRPCResultResponse(message) || mcp.isJSONRPCErrorResponse(message);
+      const isReply = !("method" in message); // rather than a notification
       if (isReply && replies.push(message) === expected) resolve(replies);
     };
     client.onclose = () => reject(new Error("The client has gone"));

@@ -481,7 +481,8 @@ class SqlStore implements TaskStore {
   async list(owner: string, { status, before, limit }: Parameters<TaskStore["list"]>[1]) {
     const [condition, values] = status === undefined ? ["", []] : ["AND status = $4", [status]];
     const rows = await this.#database.query(
-      `SELECT ${COLUMNS} FROM tasks WHERE owner = $1 AND created_at < $2 ${condition} ORDER BY created_at DESC LIMIT $3`,
+      `SELECT ${COLUMNS} FROM tasks WHERE owner = $1 AND created_at < $2 ${condition} ORDER BY created_at DESC
+       LIMIT CAST($3 AS BIGINT)`,
       [owner, before, limit, ...values],
     );
     return rows.map(toTask);

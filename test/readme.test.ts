@@ -69,7 +69,7 @@ test("every file that is named exists, but for those of the reader's own", () =>
   );
 });
 
-test("the table of the environment names the settings that the server reads, and the example file too", async () => {
+test("the table of the environment names the settings that the server reads, and the example file too", () => {
   const server = read("server.ts");
   const [, schema = ""] = /^const environment = z\.object\(\{\n(.*?)^\}\);/ms.exec(server) ?? [];
   const settings = [...schema.matchAll(/^ {2}([A-Z0-9_]+):/gm)].map(([, name = ""]) => name);

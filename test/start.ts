@@ -77,10 +77,15 @@ export interface ServerProcess {
  * its environment and nothing else.
  *
  * @param cwd Where a `.env` would be read.
+ * @param script What to run in place of server.ts.
  */
-export function spawnServer(env: Record<string, string>, cwd: string = import.meta.dirname): ServerProcess {
+export function spawnServer(
+  env: Record<string, string>,
+  cwd: string = import.meta.dirname,
+  script = `${import.meta.dirname}/../server.ts`,
+): ServerProcess {
   const run = "Deno" in globalThis ? ["run", "-A"] : process.execArgv;
-  const child = spawn(process.execPath, [...run, `${import.meta.dirname}/../server.ts`], {
+  const child = spawn(process.execPath, [...run, script], {
     cwd,
     env: { PATH: process.env.PATH, ...env },
     stdio: ["ignore", "inherit", "pipe"],

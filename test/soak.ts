@@ -1,0 +1,272 @@
+/**
+ * `npm run soak -- [minutes]`, five unless said otherwise: mixed calls by many users at once, bad tokens, and clients
+ * that go away in the middle.
+ *
+ * The server is server.ts as its own process. Every user knows what their tasks must be and compares each answer
+ * with that; the first wrong one ends the run. Exit status 1 then, when the server has logged a fault of its own, and
+ * when its memory has grown: when the median in the last fifth of the run is more than 20 % above that in the third
+ * fifth. (In the first two the runtime warms up.)
+ */
+import assert from "node:assert/strict";
+import { randomInt, randomUUID } from "node:crypto";
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import type { Task } from "../tools.ts";
+import { Connection, median, megabytes, toRequest, usageOf } from "./load.ts";
+import { freePort, spawnServer } from "./start.ts";
+import { startTenant } from "./tenant.ts";
+
+const USERS = 32;
+const MAX_TASKS = 25; // each, so that the store does not grow with the run
+const TOKEN_SECONDS = 60; // short, so that tokens expire while the server remembers them
+const MAX_GROWTH = 1.2;
+
+/** Somebody who does one thing after the other, so that what they know of their tasks is exact. */
+interface User {
+  subject: string;
+  connection: Connection;
+  token: string;
+  /** In milliseconds since 1970. */
+  renewTokenAt: number;
+  /** Newest first. */
+  tasks: Task[];
+}
+
+/** What the tools give. Which of these, depends on the tool. */
+interface Structured {
+  id: string;
+  task: Task;
+  tasks: Task[];
+  next_cursor?: string;
+  deleted: string;
+}
+
+const minutes = Number(process.argv[2] ?? 5);
+const hasSqlite = await import("node:sqlite").then(() => true, () => false);
+const directory = await mkdtemp(join(tmpdir(), "soak-"));
+const tenant = await startTenant();
+const port = await freePort();
+const aud = `http://localhost:${port}/mcp`;
+const badTokens = [
+  await tenant.sign({ aud, exp: 1_000_000_000 }),
+  await tenant.sign({ aud: `${aud}/` }),
+  await tenant.sign({ aud, iss: tenant.origin }),
+  await tenant.sign({ aud, sub: undefined }),
+  `${await tenant.sign({ aud })}x`,
+  "opaque",
+  "a.token.of.five.parts",
+];
+const counts = new Map<string, number>();
+const memory: number[] = [];
+
+const actions = {
+  async list(user: User) {
+    const limit = randomInt(1, MAX_TASKS);
+    const found: Task[] = [];
+    let cursor: string | undefined;
+    do {
+      const page = await call(user, "list_tasks", { limit, cursor });
+      found.push(...page.tasks);
+      cursor = page.next_cursor;
+    } while (cursor !== undefined);
+    assert.deepEqual(found, user.tasks);
+  },
+
+  async listByStatus(user: User) {
+    const status = pick(["todo", "in_progress", "done"]);
+    const { tasks } = await call(user, "list_tasks", { status });
+    assert.deepEqual(tasks, user.tasks.filter((task) => task.status === status));
+  },
+
+  async create(user: User) {
+    const due_at = pick([null, "2027-01-01T00:00:00.000Z"]);
+    await create(user, { title: `Task ${randomUUID()}`, notes: pick([null, "Grüße ✓"]), due_at });
+  },
+
+  /** As a model does that has lost the reply. */
+  async createTwice(user: User) {
+    const input = { title: "Once", idempotency_key: randomUUID() };
+    const task = await create(user, input);
+    assert.deepEqual(await call(user, "create_task", input), { task });
+  },
+
+  /** As a client does that went away before the reply. */
+  async createUnheard(user: User) {
+    const input = { title: "Unheard", idempotency_key: randomUUID() };
+    const connection = new Connection(port);
+    await connection.send(toRequest(user.token, "ping")); // or else the second call could overtake the first one
+    const request = toRequest(user.token, "tools/call", { name: "create_task", arguments: input });
+    await connection.leave(request, pick(["end", "reset"]));
+    await create(user, input);
+  },
+
+  async update(user: User) {
+    const task = pick(user.tasks);
+    const changes = pick([{ status: "done" }, { status: "in_progress", due_at: null }, {
+      title: "New",
+      notes: "",
+    }]);
+    const { task: updated } = await call(user, "update_task", { id: task.id, ...changes });
+    assert.deepEqual(updated, { ...task, ...changes, updated_at: updated.updated_at });
+    user.tasks = user.tasks.map((other) => other === task ? updated : other);
+  },
+
+  async delete(user: User) {
+    const { id } = pick(user.tasks);
+    assert.deepEqual(await call(user, "delete_task", { id }), { deleted: id });
+    user.tasks = user.tasks.filter((task) => task.id !== id);
+  },
+
+  async touchAnothers(user: User) {
+    const { tasks: [theirs] } = pick(users.filter((other) => other !== user));
+    const input = { id: theirs?.id ?? randomUUID() };
+    const text = await fail(user, pick(["update_task", "delete_task"]), input);
+    assert.match(text, /^id: no task has the id/);
+  },
+
+  async sendNonsense(user: User) {
+    const [name, input, expected] = pick<[string, Record<string, unknown>, RegExp]>([
+      ["create_task", { title: "" }, /title/],
+      ["create_task", { title: "x".repeat(201) }, /title/],
+      ["list_tasks", { cursor: "yesterday" }, /cursor/],
+      ["list_tasks", { limit: 101 }, /limit/],
+      ["update_task", { id: "1" }, /id/],
+      ["destroy_everything", {}, /destroy_everything/],
+    ]);
+    assert.match(await fail(user, name, input), expected);
+  },
+
+  async sendBadToken(user: User) {
+    const { status, head } = await user.connection.send(toRequest(pick(badTokens), "tools/list"));
+    assert.equal(status, 401);
+    assert.match(head, /WWW-Authenticate: Bearer error="invalid_token"/);
+  },
+
+  /** In the middle of a request. */
+  async leave(user: User) {
+    const request = toRequest(user.token, "tools/call", {
+      name: "create_task",
+      arguments: { title: "Never" },
+    });
+    const part = request.subarray(0, randomInt(1, request.length));
+    await new Connection(port).leave(part, pick(["end", "reset"]));
+  },
+
+  async getProfile(user: User) {
+    assert.deepEqual(await call(user, "get_profile", {}), { id: user.subject });
+  },
+};
+
+const server = spawnServer({
+  AUTH0_DOMAIN: tenant.origin,
+  MCP_SERVER_URL: aud,
+  PORT: String(port),
+  DATABASE_URL: hasSqlite ? `file:${join(directory, "soak.db")}` : "memory:",
+});
+await server.ready;
+const users = Array.from({ length: USERS }, (_, index): User => ({
+  subject: `auth0|user-${index}`,
+  connection: new Connection(port),
+  token: "",
+  renewTokenAt: 0,
+  tasks: [],
+}));
+const sampling = setInterval(() => memory.push(usageOf(server.pid).rss), 1_000);
+try {
+  console.log(
+    `${process.version}, ${USERS} users for ${minutes} minutes, tasks in ${hasSqlite ? "SQLite" : "memory"}`,
+  );
+  const end = Date.now() + minutes * 60_000;
+  await Promise.all(users.map((user) => live(user, end)));
+} finally {
+  clearInterval(sampling);
+  for (const { connection } of users) connection.close();
+  server.kill("SIGTERM");
+  await server.exited;
+  await tenant.close();
+  await rm(directory, { recursive: true });
+}
+report();
+
+async function live(user: User, end: number) {
+  while (Date.now() < end) {
+    if (Date.now() > user.renewTokenAt) await renewToken(user);
+    const name = user.tasks.length === 0
+      ? "create"
+      : user.tasks.length >= MAX_TASKS
+      ? "delete"
+      : pick(Object.keys(actions) as (keyof typeof actions)[]);
+    await actions[name](user);
+    counts.set(name, (counts.get(name) ?? 0) + 1);
+  }
+}
+
+async function renewToken(user: User) {
+  const exp = Math.floor(Date.now() / 1_000) + TOKEN_SECONDS;
+  user.token = await tenant.sign({ sub: user.subject, aud, exp });
+  user.renewTokenAt = (exp - 10) * 1_000;
+}
+
+async function create(user: User, input: Partial<Task> & { idempotency_key?: string }): Promise<Task> {
+  const { idempotency_key: _, ...fields } = input;
+  const { task } = await call(user, "create_task", input);
+  const { id, created_at, updated_at } = task;
+  assert.deepEqual(task, {
+    id,
+    created_at,
+    updated_at,
+    status: "todo",
+    notes: null,
+    due_at: null,
+    ...fields,
+  });
+  user.tasks = [task, ...user.tasks];
+  return task;
+}
+
+/** Calls a tool that must succeed. */
+async function call(user: User, name: string, input: Record<string, unknown>): Promise<Structured> {
+  const { isError, content, structuredContent } = await ask(user, name, input);
+  assert.ok(!isError, `${name}: ${content[0].text}`);
+  return structuredContent;
+}
+
+/** Calls a tool that must refuse, and gives its text. */
+async function fail(user: User, name: string, input: Record<string, unknown>): Promise<string> {
+  const { isError, content } = await ask(user, name, input);
+  assert.ok(isError, `${name} took ${JSON.stringify(input)}`);
+  return content[0].text;
+}
+
+async function ask({ connection, token }: User, name: string, input: Record<string, unknown>) {
+  const reply = await connection.send(toRequest(token, "tools/call", { name, arguments: input }));
+  assert.equal(reply.status, 200, `${name}: ${reply.body}`);
+  return JSON.parse(String(reply.body)).result;
+}
+
+function pick<T>(items: readonly T[]): T {
+  const item = items[randomInt(items.length)];
+  assert.ok(item !== undefined);
+  return item;
+}
+
+function report() {
+  const total = [...counts.values()].reduce((sum, count) => sum + count);
+  console.log(`${total.toLocaleString("en")} actions, every answer right:`);
+  console.log([...counts].map(([name, count]) => `  ${name} ${count.toLocaleString("en")}`).join("\n"));
+
+  const faults = server.lines.filter((line) => /Unexpected|failed| 500 | 503 /.test(line));
+  console.log(`${server.lines.length} lines in the log, ${faults.length} of them faults`);
+  for (const line of faults.slice(0, 10)) console.log(`  ${line}`);
+
+  const fifth = Math.floor(memory.length / 5);
+  const [early, late] = [median(memory.slice(2 * fifth, 3 * fifth)), median(memory.slice(-fifth))];
+  const isFlat = !(late > early * MAX_GROWTH); // NaN where there is no /proc
+  console.log(
+    `memory ${megabytes(early)} in the third fifth, ${megabytes(late)} in the last: ${
+      isFlat ? "flat" : "GROWN"
+    }`,
+  );
+  process.exitCode = isFlat && faults.length === 0 ? 0 : 1;
+}
