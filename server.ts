@@ -502,7 +502,8 @@ export async function stop(server: http.Server): Promise<void> {
   // Only stops listening. http's own `close` would cut idle connections in the same moment, and with them the
   // requests that are just on their way; so they get a moment to arrive, and are answered with Connection: close.
   net.Server.prototype.close.call(server);
-  const closeIdle = setInterval(() => server.closeIdleConnections(), 250);
+  // After reading what has come in meanwhile: a connection with a request that nobody has read looks idle, too.
+  const closeIdle = setInterval(() => setImmediate(() => server.closeIdleConnections()), 250);
   const closeAll = setTimeout(() => server.closeAllConnections(), 7_000);
   await closed;
   clearInterval(closeIdle);
