@@ -1,0 +1,422 @@
+/** Store faults, stop and restart: mostly with the server as its own process, so that what happens to it is real. */
+import assert from "node:assert/strict";
+import { execFileSync, spawn } from "node:child_process";
+import { randomUUID } from "node:crypto";
+import { once } from "node:events";
+import { chmod, mkdir, mkdtemp, open, rm, writeFile } from "node:fs/promises";
+import * as http from "node:http";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import { json } from "node:stream/consumers";
+import { after, before, describe, test } from "node:test";
+import type { TestContext } from "node:test";
+import { setTimeout as delay } from "node:timers/promises";
+import { openTaskStore } from "../tools.ts";
+import type { Task, TaskStore } from "../tools.ts";
+import { freePort, spawnServer, startServer } from "./start.ts";
+import type { ServerProcess } from "./start.ts";
+import { startTenant } from "./tenant.ts";
+import type { Tenant } from "./tenant.ts";
+
+const sqlite = await import("node:sqlite").catch(() => undefined);
+const onSqlite = { skip: sqlite === undefined && "this runtime has no node:sqlite" };
+
+let tenant: Tenant;
+let directory: string;
+
+before(async () => {
+  tenant = await startTenant();
+  directory = await mkdtemp(join(tmpdir(), "faults-"));
+  await chmod(directory, 0o755); // for `asNobody`
+});
+
+after(async () => {
+  await tenant.close();
+  await rm(directory, { recursive: true });
+});
+
+const newFile = () => join(directory, `${randomUUID()}.db`);
+
+/** As another process would: the server's is another. */
+function openFile(t: TestContext, file: string) {
+  assert.ok(sqlite !== undefined);
+  const database = new sqlite.DatabaseSync(file);
+  t.after(() => database.close());
+  return database;
+}
+
+const urlOf = (port: number) => `http://127.0.0.1:${port}/mcp`;
+
+function environment(port: number, databaseUrl: string): Record<string, string> {
+  return {
+    AUTH0_DOMAIN: tenant.origin,
+    MCP_SERVER_URL: urlOf(port),
+    PORT: String(port),
+    DATABASE_URL: databaseUrl,
+  };
+}
+
+async function startProcess(t: TestContext, port: number, databaseUrl: string): Promise<ServerProcess> {
+  const server = spawnServer(environment(port, databaseUrl));
+  t.after(() => {
+    server.kill("SIGKILL");
+    return server.exited;
+  });
+  await server.ready;
+  return server;
+}
+
+async function hasLogged(server: ServerProcess, pattern: RegExp) {
+  while (!server.lines.some((line) => pattern.test(line))) await delay(1);
+}
+
+interface Answer {
+  text: string;
+  /** Undefined in a tool error. */
+  data: unknown;
+}
+
+/** A user of the server on a port, with one connection to it. A call rejects when it gets no reply. */
+async function newUser(port: number, subject = `auth0|${randomUUID()}`) {
+  const headers = {
+    authorization: `Bearer ${await tenant.sign({ aud: urlOf(port), sub: subject })}`,
+    accept: "application/json, text/event-stream",
+    "content-type": "application/json",
+  };
+  const agent = new http.Agent({ keepAlive: true, maxSockets: 1 });
+
+  async function call(name: string, input: object = {}): Promise<Answer> {
+    const message = { jsonrpc: "2.0", id: 1, method: "tools/call", params: { name, arguments: input } };
+    const request = http.request(urlOf(port), { method: "POST", headers, agent });
+    request.end(JSON.stringify(message));
+    const [reply] = await once(request, "response");
+    const { result } = await json(reply) as {
+      result: { content: [{ text: string }]; structuredContent: unknown; isError?: boolean };
+    };
+    return { text: result.content[0].text, data: result.isError ? undefined : result.structuredContent };
+  }
+
+  return {
+    subject,
+    call,
+    async create(title: string, idempotency_key: string = randomUUID()): Promise<Task> {
+      const { text, data } = await call("create_task", { title, idempotency_key });
+      return (data as { task: Task } | undefined)?.task ?? assert.fail(text);
+    },
+    /** Newest first. */
+    async titles(): Promise<string[]> {
+      const { text, data } = await call("list_tasks", { limit: 100 });
+      return (data as { tasks: Task[] } | undefined)?.tasks.map(({ title }) => title) ?? assert.fail(text);
+    },
+  };
+}
+
+type User = Awaited<ReturnType<typeof newUser>>;
+
+/** Creates a task for each title through these users, who go on until all is done: how calls failed meanwhile. */
+async function createAll(
+  users: User[],
+  titles: string[],
+  onCreated: (count: number) => void,
+): Promise<string[]> {
+  const left = [...titles];
+  const failures: string[] = [];
+  let created = 0;
+  await Promise.all(users.map(async (user) => {
+    for (let title = left.pop(); title !== undefined; title = left.pop()) {
+      try {
+        await user.create(title, title);
+        onCreated(++created);
+      } catch (error) {
+        failures.push(String(error));
+        left.push(title);
+        await delay(20); // a client's own pause before it tries again
+      }
+    }
+  }));
+  return failures;
+}
+
+const numbered = (count: number) =>
+  Array.from({ length: count }, (_, index) => String(index).padStart(3, "0"));
+
+const health = async (port: number) => (await fetch(`http://127.0.0.1:${port}/healthz`)).status;
+
+/** A tool error that says what to do, and nothing of how the server is made. */
+function assertReadable({ text, data }: Answer) {
+  assert.equal(data, undefined);
+  assert.match(text, /^The tasks cannot be reached right now\. Try again/);
+  assert.doesNotMatch(text, /SQL|database|Error|\n|\.ts/i);
+}
+
+/** Root may write to whatever it likes, so for a while it has to be somebody else. */
+async function asNobody<T>(work: () => Promise<T>): Promise<T> {
+  if (process.getuid?.() !== 0) return await work();
+  process.seteuid?.(65_534);
+  try {
+    return await work();
+  } finally {
+    process.seteuid?.(0);
+  }
+}
+
+test("a file that can only be read stops the start, old or new", onSqlite, async () => {
+  const place = join(directory, "read-only");
+  await mkdir(place);
+  const old = join(place, "old.db");
+  await (await openTaskStore(`file:${old}`, () => {})).close();
+  await chmod(old, 0o444);
+  await chmod(place, 0o555);
+  for (const file of [old, join(place, "new.db")]) {
+    const opened = asNobody(() => openTaskStore(`file:${file}`, () => {}));
+    await assert.rejects(opened, /DATABASE_URL: .*\.db cannot be used: (unable to open|.*readonly)/);
+  }
+  await chmod(place, 0o755);
+});
+
+describe("a file at fault", { ...onSqlite, concurrency: true }, () => {
+  test("stops the start, with one line that says why", async (t) => {
+    const [garbage, locked] = [newFile(), newFile()];
+    await writeFile(garbage, "This is no database. ".repeat(1_000));
+    openFile(t, locked).exec("CREATE TABLE other (id); BEGIN EXCLUSIVE");
+    const faults = {
+      [join(directory, "missing", "tasks.db")]: "unable to open database file",
+      [directory]: "unable to open database file",
+      [garbage]: "file is not a database",
+      [locked]: "database is locked",
+    };
+    await Promise.all(
+      Object.entries(faults).map(async ([file, why]) => {
+        const { lines, exited } = spawnServer(environment(0, `file:${file}`));
+        assert.equal(await exited, 1);
+        const [line = "", ...others] = lines.filter((line) => !/Warning|--trace-warnings/.test(line));
+        assert.ok(line.startsWith(`DATABASE_URL: file:${file} cannot be used: ${why}`), line);
+        assert.deepEqual(others, []);
+      }),
+    );
+  });
+
+  test("is read while another process writes to it; writes wait a while, and then fail readably", async (t) => {
+    const [port, file] = [await freePort(), newFile()];
+    await startProcess(t, port, `file:${file}`);
+    const [user, reader] = [await newUser(port, "auth0|alice"), await newUser(port, "auth0|alice")];
+    await user.create("before");
+    const other = openFile(t, file);
+
+    other.exec("BEGIN IMMEDIATE");
+    const short = user.create("while it is held for a moment");
+    assert.deepEqual(await reader.titles(), ["before"]);
+    other.exec("COMMIT");
+    await short;
+
+    other.exec("BEGIN IMMEDIATE");
+    const calls = Promise.all([user.call("create_task", { title: "lost" }), health(port)]);
+    assert.equal((await reader.titles()).length, 2);
+    const [answer, status] = await calls;
+    assertReadable(answer);
+    assert.equal(status, 503);
+    other.exec("COMMIT");
+
+    await user.create("after");
+    assert.deepEqual(await user.titles(), ["after", "while it is held for a moment", "before"]);
+    while (await health(port) !== 200); // the server looks once a second
+  });
+
+  const noLimits = (process.platform !== "linux" || "Deno" in globalThis) &&
+    "a running process is given a limit on Linux only, and Deno dies of it";
+
+  test("loses nothing that was acknowledged while the disk is full", { skip: noLimits }, async (t) => {
+    const [port, file] = [await freePort(), newFile()];
+    const server = await startProcess(t, port, `file:${file}`);
+    const user = await newUser(port);
+    const limitFiles = (bytes: string) =>
+      execFileSync("prlimit", [`--pid=${server.pid}`, `--fsize=${bytes}:`]);
+    await user.create("before");
+    const acknowledged = ["before"];
+
+    limitFiles("100000"); // which the write-ahead log reaches after some twenty tasks
+    for (let failures = 0; failures < 3;) {
+      const title = randomUUID();
+      const answer = await user.call("create_task", { title, notes: "x".repeat(4_000) });
+      if (answer.data === undefined) assertReadable(answer);
+      if (answer.data === undefined) failures++;
+      else acknowledged.unshift(title);
+    }
+    while (await health(port) !== 503);
+    assert.deepEqual(await user.titles(), acknowledged);
+
+    limitFiles("unlimited");
+    await user.create("after");
+    acknowledged.unshift("after");
+    while (await health(port) !== 200);
+
+    server.kill("SIGKILL");
+    await server.exited;
+    await startProcess(t, port, `file:${file}`);
+    assert.deepEqual(await user.titles(), acknowledged);
+  });
+
+  test("that is damaged gives tool errors that can be read, and harms no other call", async (t) => {
+    const [port, file] = [await freePort(), newFile()];
+    const user = await newUser(port);
+    const store = await openTaskStore(`file:${file}`, () => {});
+    for (const title of numbered(50)) {
+      await store.create(user.subject, { title, notes: "x".repeat(4_000), due_at: null });
+    }
+    await store.close();
+    const handle = await open(file, "r+");
+    const start = 10 * 4_096; // after the pages of the schema and the roots of its tables
+    await handle.write(Buffer.alloc((await handle.stat()).size - start, "damage"), 0, undefined, start);
+    await handle.close();
+
+    await startProcess(t, port, `file:${file}`);
+    assertReadable(await user.call("list_tasks"));
+    assert.match((await user.call("get_profile")).text, /^Signed in/);
+  });
+});
+
+test(
+  "two servers on one file, one killed in the middle of a burst, lose no task and double none",
+  onSqlite,
+  async (t) => {
+    const [ports, file] = [[await freePort(), await freePort()], newFile()];
+    const start = (port: number) => startProcess(t, port, `file:${file}`);
+    const [killed] = await Promise.all(ports.map(start)); // both at once, before there is a file
+    const users = await Promise.all(
+      [ports, ports, ports, ports].flat().map((port) => newUser(port, "auth0|alice")),
+    );
+    const titles = numbered(100);
+    let restarted: Promise<unknown> | undefined;
+    const failures = await createAll(users, titles, (count) => {
+      if (count !== 30) return;
+      killed?.kill("SIGKILL");
+      restarted = killed?.exited.then(() => start(ports[0] ?? 0));
+    });
+    await restarted;
+    assert.ok(failures.length > 0, "nothing failed: the server was killed too late");
+    for (const user of users.slice(0, 2)) assert.deepEqual((await user.titles()).sort(), titles);
+    assert.equal(openFile(t, file).prepare("PRAGMA integrity_check").get()?.integrity_check, "ok");
+  },
+);
+
+test(
+  "a server stopped and started again under load loses nothing and cuts nobody off",
+  onSqlite,
+  async (t) => {
+    const [port, file] = [await freePort(), newFile()];
+    const stopped = await startProcess(t, port, `file:${file}`);
+    const users = await Promise.all(numbered(8).map(() => newUser(port, "auth0|alice")));
+    const titles = numbered(100);
+    let restarted: Promise<unknown> | undefined;
+    const failures = await createAll(users, titles, (count) => {
+      if (count !== 30) return;
+      stopped.kill("SIGTERM");
+      restarted = stopped.exited.then(() => startProcess(t, port, `file:${file}`));
+    });
+    await restarted;
+    assert.equal(await stopped.exited, 0);
+    assert.ok(failures.length > 0, "nothing failed: the server was stopped too late");
+    for (const failure of failures) assert.match(failure, /ECONNREFUSED/);
+    assert.deepEqual((await users[0]?.titles())?.sort(), titles);
+  },
+);
+
+test("a call in flight when the stop comes is answered", onSqlite, async (t) => {
+  const [port, file] = [await freePort(), newFile()];
+  const server = await startProcess(t, port, `file:${file}`);
+  const [user, other] = [await newUser(port), await newUser(port)];
+  await Promise.all([user.titles(), other.titles()]); // both are connected, so the next two calls come in order
+  const lock = openFile(t, file);
+  lock.exec("BEGIN IMMEDIATE");
+  const created = user.create("in flight");
+  await other.titles();
+  server.kill("SIGTERM");
+  await hasLogged(server, /Stopping on SIGTERM$/);
+  lock.exec("COMMIT");
+  assert.equal((await created).title, "in flight");
+  assert.equal(await server.exited, 0);
+});
+
+test("whatever a store throws is a tool error that can be read", async (t) => {
+  const failure = new Error("SQL of /srv/tools.ts", { cause: new Error("secret") });
+  const store: TaskStore = {
+    list: () => {
+      throw failure;
+    },
+    create: () => Promise.reject(failure),
+    update: () => Promise.reject(undefined),
+    delete: () => Promise.reject("SQL"),
+    check: () => Promise.reject(failure),
+    close: () => Promise.resolve(),
+  };
+  const port = await freePort();
+  const server = await startServer(environment(port, "memory:"), store);
+  t.after(server.close);
+  const user = await newUser(port);
+  const id = randomUUID();
+  assertReadable(await user.call("list_tasks"));
+  assertReadable(await user.call("create_task", { title: "x" }));
+  assertReadable(await user.call("update_task", { id }));
+  assertReadable(await user.call("delete_task", { id }));
+  assert.equal(await health(port), 503);
+  assert.match((await user.call("get_profile")).text, /^Signed in/);
+});
+
+const noPreload = "Deno" in globalThis && "Deno takes no module from NODE_OPTIONS";
+
+/** The server with something done to it on SIGHUP. */
+async function startWithFault(t: TestContext, port: number, fault: string): Promise<ServerProcess> {
+  const module = encodeURIComponent(`process.on("SIGHUP", () => { ${fault} })`);
+  const server = spawnServer({
+    ...environment(port, "memory:"),
+    NODE_OPTIONS: `--import=data:text/javascript,${module}`,
+  });
+  t.after(() => server.kill("SIGKILL"));
+  await server.ready;
+  return server;
+}
+
+test("a call that arrives while a stopping server is busy is answered", { skip: noPreload }, async (t) => {
+  const port = await freePort();
+  const busy = "console.error('busy'); Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 500)";
+  const server = await startWithFault(t, port, busy);
+  const user = await newUser(port);
+  await user.create("before");
+  server.kill("SIGTERM");
+  await hasLogged(server, /Stopping on SIGTERM$/);
+  server.kill("SIGHUP");
+  await hasLogged(server, /^busy$/);
+  await user.create("on a connection that looks idle");
+  assert.equal(await server.exited, 0);
+});
+
+test(
+  "an error that nobody catches is a line in the log, and the server goes on",
+  { skip: noPreload },
+  async (t) => {
+    const port = await freePort();
+    const fault = 'Promise.reject(new Error("rejected")); setImmediate(() => { throw new Error("thrown") })';
+    const server = await startWithFault(t, port, fault);
+    const user = await newUser(port);
+    server.kill("SIGHUP");
+    await hasLogged(server, /Unexpected, and survived: rejected$/);
+    await hasLogged(server, /Unexpected, and survived: thrown$/);
+    await user.create("still served");
+    assert.ok(!server.lines.some((line) => /^ +at /.test(line)), "no stack");
+  },
+);
+
+test("a log that nobody reads any more harms nobody", async (t) => {
+  const port = await freePort();
+  const run = "Deno" in globalThis ? ["run", "-A"] : process.execArgv;
+  const server = spawn(process.execPath, [...run, `${import.meta.dirname}/../server.ts`], {
+    env: { PATH: process.env.PATH, ...environment(port, "memory:") },
+    stdio: ["ignore", "inherit", "pipe"],
+  });
+  t.after(() => server.kill("SIGKILL"));
+  for await (const line of createInterface(server.stderr)) if (line.includes("Listening on")) break;
+  server.stderr.destroy();
+  for (let logged = 0; logged < 3; logged++) assert.equal((await fetch(urlOf(port))).status, 401);
+  assert.equal(await health(port), 200);
+});
