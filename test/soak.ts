@@ -13,7 +13,7 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Task } from "../tools.ts";
-import { Connection, median, megabytes, toRequest, usageOf } from "./load.ts";
+import { Connection, median, megabytes, runtime, toRequest, usageOf } from "./load.ts";
 import { freePort, spawnServer } from "./start.ts";
 import { startTenant } from "./tenant.ts";
 
@@ -103,10 +103,7 @@ const actions = {
 
   async update(user: User) {
     const task = pick(user.tasks);
-    const changes = pick([{ status: "done" }, { status: "in_progress", due_at: null }, {
-      title: "New",
-      notes: "",
-    }]);
+    const changes = pick([{ status: "done" }, { status: "in_progress" }, { title: "New", notes: null }]);
     const { task: updated } = await call(user, "update_task", { id: task.id, ...changes });
     assert.deepEqual(updated, { ...task, ...changes, updated_at: updated.updated_at });
     user.tasks = user.tasks.map((other) => other === task ? updated : other);
@@ -175,7 +172,7 @@ const users = Array.from({ length: USERS }, (_, index): User => ({
 const sampling = setInterval(() => memory.push(usageOf(server.pid).rss), 1_000);
 try {
   console.log(
-    `${process.version}, ${USERS} users for ${minutes} minutes, tasks in ${hasSqlite ? "SQLite" : "memory"}`,
+    `${runtime}, ${USERS} users for ${minutes} minutes, tasks in ${hasSqlite ? "SQLite" : "memory"}`,
   );
   const end = Date.now() + minutes * 60_000;
   await Promise.all(users.map((user) => live(user, end)));
