@@ -252,7 +252,8 @@ What a client reads first: ${metadataUrl(serverUrl)}
     visit.call = [...methods, ...tools].join(" ").slice(0, 200);
 
     const server = createMcpServer(caller, store, tools);
-    response.on("close", () => void server.close()); // whichever way the request ends
+    // Once it has replied it holds nothing open; to close it then would only build errors that nobody reads.
+    response.on("close", () => response.writableFinished || void server.close());
     const replies = await exchange(server, messages, requests.length);
     if (replies.length === 0) response.writeHead(202).end();
     else reply(response, 200, replies.length === 1 ? replies[0] : replies);
@@ -414,7 +415,10 @@ function readMessages(headers: http.IncomingHttpHeaders, body: unknown): mcp.JSO
     }
     return data;
   });
-  const isInitialize = messages.some(mcp.isInitializeRequest);
+  // The method first: for every other message the SDK's check would fail, and build a list of reasons.
+  const isInitialize = messages.some((message) =>
+    "method" in message && message.method === "initialize" && mcp.isInitializeRequest(message)
+  );
   if (isInitialize && messages.length > 1) {
     throw new HttpError(
       400,

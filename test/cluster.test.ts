@@ -44,6 +44,7 @@ const CLIENTS = 16;
 
 test("a server killed and a database crashed in the middle of a burst lose no task and double none", {
   skip: noPostgres,
+  timeout: 60_000,
 }, async (t) => {
   const postgres = await startPostgres();
   t.after(postgres.close);

@@ -258,7 +258,7 @@ for (const { name, skip, openTwo } of stores) {
   });
 }
 
-describe("PostgreSQL", { skip: noPostgres, concurrency: true }, () => {
+describe("PostgreSQL", { skip: noPostgres, concurrency: true, timeout: 60_000 }, () => {
   /** Runs a statement beside the store. */
   async function run(statement: string): Promise<Record<string, unknown>[]> {
     const { default: connect } = await import("postgres");
