@@ -261,7 +261,7 @@ What a client reads first: ${metadataUrl(serverUrl)}
 
   function refuse(error: unknown, response: http.ServerResponse, visit: Visit) {
     visit.refusal = reason(error);
-    if (response.headersSent || response.destroyed) {
+    if (response.headersSent || response.destroyed || response.socket?.destroyed) { // the last is Deno's sign
       response.destroy();
     } else if (error instanceof AuthError) {
       const { status, code, message } = error;

@@ -540,16 +540,10 @@ class SqlStore implements TaskStore {
 }
 
 function toTask(row: Record<string, unknown>): Task {
-  const { id, title, notes, status, due_at, created_at, updated_at } = row;
-  return {
-    id,
-    title,
-    notes,
-    status,
-    due_at,
-    created_at: toIso(created_at),
-    updated_at: toIso(updated_at),
-  } as Task;
+  const { id, title, notes, status, due_at } = row;
+  const created_at = toIso(row.created_at);
+  const updated_at = row.updated_at === row.created_at ? created_at : toIso(row.updated_at);
+  return { id, title, notes, status, due_at, created_at, updated_at } as Task;
 }
 
 /** PostgreSQL gives whole numbers of 64 bits as text. */
