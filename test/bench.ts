@@ -13,6 +13,7 @@ import { availableParallelism, tmpdir } from "node:os";
 import { join } from "node:path";
 import { Connection, median, megabytes, runtime, toRequest, usageOf } from "./load.ts";
 import type { Reply } from "./load.ts";
+import { noPostgres, startPostgres } from "./postgres.ts";
 import { freePort, spawnServer } from "./start.ts";
 import type { ServerProcess } from "./start.ts";
 import { startTenant } from "./tenant.ts";
@@ -58,6 +59,7 @@ const root = join(import.meta.dirname, "..");
 const audience = "http://localhost/mcp"; // the same for all, whatever their ports
 const hasSqlite = await import("node:sqlite").then(() => true, () => false);
 const directory = await mkdtemp(join(tmpdir(), "bench-"));
+const postgres = noPostgres || process.argv.includes("--memory") ? undefined : await startPostgres();
 const tenant = await startTenant();
 const tokens = await signTokens();
 const expired = await signTokens({ exp: 1_000_000_000 });
@@ -82,6 +84,7 @@ try {
 } finally {
   await Promise.all(servers.map(end));
   await tenant.close();
+  await postgres?.close();
   await rm(directory, { recursive: true });
 }
 
@@ -90,11 +93,17 @@ async function compare() {
   const documented = await enter("documented pattern", join(root, "test/peer-documented.ts"));
   const grown = await enter("server.ts, grown", await copyWithMoreTools());
   if (hasSqlite) await addTasksOfOthers(grown);
+  const pooled = postgres &&
+    await enter("server.ts, PostgreSQL", join(root, "server.ts"), { DATABASE_URL: postgres.url });
   const bare = await enterBare(ours);
 
   // All take part in all, so that all are equally warm.
   const lanes = SCENARIOS.flatMap((scenario) =>
-    [bare, ours, grown, documented].map((contestant) => ({ scenario, contestant, rounds: [] as Round[] }))
+    [bare, ours, grown, pooled ?? [], documented].flat().map((contestant) => ({
+      scenario,
+      contestant,
+      rounds: [] as Round[],
+    }))
   );
   const memory: { served: number; rss: number }[] = [];
   for (let number = 0, served = 0; number < ROUNDS; number++) {
@@ -160,8 +169,8 @@ function signTokens(claims: Record<string, unknown> = {}): Promise<string[]> {
 }
 
 /** Starts a server, gives each user their tasks, and notes the answer to each request. */
-async function enter(name: string, script: string): Promise<Contestant> {
-  const startAnother = () => start(script);
+async function enter(name: string, script: string, env: Record<string, string> = {}): Promise<Contestant> {
+  const startAnother = () => start(script, env);
   const running = await startAnother();
   const connection = new Connection(running.port);
   for (const [user, token] of tokens.entries()) {
