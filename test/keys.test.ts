@@ -4,7 +4,7 @@ import type { ServerResponse } from "node:http";
 import { after, afterEach, before, beforeEach, test } from "node:test";
 import type { TestContext } from "node:test";
 import { createAuthenticator } from "../auth.ts";
-import { startServer } from "./start.ts";
+import { post, startServer } from "./start.ts";
 import type { RunningServer } from "./start.ts";
 import { startTenant } from "./tenant.ts";
 import type { Tenant } from "./tenant.ts";
@@ -34,17 +34,7 @@ afterEach(async () => {
 
 const signed = (claims = {}) => tenant.sign({ aud: server.url, ...claims });
 
-function call(token: string): Promise<Response> {
-  return fetch(server.url, {
-    method: "POST",
-    headers: {
-      authorization: `Bearer ${token}`,
-      accept: "application/json, text/event-stream",
-      "content-type": "application/json",
-    },
-    body: JSON.stringify({ jsonrpc: "2.0", id: 1, method: "ping" }),
-  });
-}
+const call = (token: string) => post(server.url, token, "ping");
 
 const statusOf = async (token: string) => (await call(token)).status;
 

@@ -10,7 +10,7 @@ import type { TestContext } from "node:test";
 import { pathToFileURL } from "node:url";
 import { promisify } from "node:util";
 import { runInNewContext } from "node:vm";
-import { freePort, startServer } from "./start.ts";
+import { freePort, post, startServer } from "./start.ts";
 import { ALICE, configuredTenant, startTenant } from "./tenant.ts";
 
 const ROOT = join(import.meta.dirname, "..");
@@ -183,15 +183,8 @@ async function listTools(t: TestContext, createServer?: typeof import("../server
   const server = await startServer({ AUTH0_DOMAIN: tenant.origin }, undefined, createServer);
   t.after(server.close);
   const token = await tenant.sign({ aud: server.url });
-  const send = async (method: string, params: unknown) => {
-    const headers = {
-      authorization: `Bearer ${token}`,
-      accept: "application/json, text/event-stream",
-      "content-type": "application/json",
-    };
-    const body = JSON.stringify({ jsonrpc: "2.0", id: 1, method, params });
-    return (await (await fetch(server.url, { method: "POST", headers, body })).json()).result;
-  };
+  const send = async (method: string, params: unknown) =>
+    (await (await post(server.url, token, method, params)).json()).result;
   const { tools } = await send("tools/list", {});
   return {
     tools: tools.map(({ name }: { name: string }): string => name),

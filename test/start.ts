@@ -106,3 +106,16 @@ export function spawnServer(
   };
   return { pid, kill, lines, ready: Promise.race([listening, exited]), exited };
 }
+
+/** Sends a message as a client of MCP does. */
+export function post(url: string, token: string, method: string, params: unknown = {}): Promise<Response> {
+  return fetch(url, {
+    method: "POST",
+    headers: {
+      authorization: `Bearer ${token}`,
+      accept: "application/json, text/event-stream",
+      "content-type": "application/json",
+    },
+    body: JSON.stringify({ jsonrpc: "2.0", id: 1, method, params }),
+  });
+}

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { createHmac, createPublicKey } from "node:crypto";
 import { after, before, test } from "node:test";
 import { CompactEncrypt, exportJWK, generateKeyPair, UnsecuredJWT } from "jose";
-import { startServer } from "./start.ts";
+import { post, startServer } from "./start.ts";
 import type { RunningServer } from "./start.ts";
 import { configuredTenant, startTenant } from "./tenant.ts";
 import type { Tenant } from "./tenant.ts";
@@ -22,17 +22,7 @@ after(async () => {
   await tenant.close();
 });
 
-function send(token: string): Promise<Response> {
-  return fetch(server.url, {
-    method: "POST",
-    headers: {
-      authorization: `Bearer ${token}`,
-      accept: "application/json, text/event-stream",
-      "content-type": "application/json",
-    },
-    body: JSON.stringify({ jsonrpc: "2.0", id: 1, method: "ping" }),
-  });
-}
+const send = (token: string) => post(server.url, token, "ping");
 
 async function assertAccepted(token: string) {
   const reply = await send(token);
