@@ -260,7 +260,7 @@ function explainClaim(
       if (typeof aud === "string" && scope === undefined && !aud.includes(":")) {
         return `${expected}: this looks like an ID token. Send the access token`;
       }
-      return `${expected}: the API Identifier must equal MCP_SERVER_URL, to the last slash, README Step 1`;
+      return `${expected}: the API Identifier must equal MCP_SERVER_URL, to the last slash, README Step 1 and Step 0`;
     }
     case "nbf":
       return "Token is not valid yet: its nbf claim lies ahead. Compare the server's clock";
