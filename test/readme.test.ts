@@ -62,7 +62,7 @@ test("every npm script that is named exists, and every script is named", () => {
 
 test("every file that is named exists, but for those of the reader's own", () => {
   const own = ["tasks.db", "client.json", "jwks.json"];
-  const named = [...README.matchAll(/\b(?:test\/)?[\w-]+\.(?:ts|js|json|db)\b/g)].map(([name]) => name);
+  const named = [...README.matchAll(/\b(?:test\/)?[\w.-]+\.(?:ts|js|json|db)\b/g)].map(([name]) => name);
   assert.deepEqual(
     [...new Set(named)].filter((name) => !own.includes(name) && !existsSync(join(ROOT, name))),
     [],
