@@ -71,18 +71,15 @@ export function metadataUrl(resource: string): string {
 /**
  * The value of a `WWW-Authenticate` header.
  *
- * @param parameters `error`, `error_description`, `scope`: left out when undefined.
+ * @param parameters `error`, `error_description`, `scope`: none when no token was sent (RFC 6750 §3.1).
  */
-export function challenge(resource: string, parameters: Record<string, string | undefined> = {}): string {
+export function challenge(resource: string, parameters: Record<string, string> = {}): string {
   const all = Object.entries({ ...parameters, resource_metadata: metadataUrl(resource) });
-  const written = all.filter(([, value]) => value !== undefined).map(([name, value]) =>
-    `${name}="${quotable(value)}"`
-  );
-  return `Bearer ${written.join(", ")}`;
+  return `Bearer ${all.map(([name, value]) => `${name}="${quotable(value)}"`).join(", ")}`;
 }
 
 /** RFC 6750 §3 allows printable ASCII without quotes and backslashes; jose's messages have quotes. */
-function quotable(text = ""): string {
+function quotable(text: string): string {
   return text.replace(/["\\]/g, "'").replace(/[^ -~]/g, "?");
 }
 

@@ -163,6 +163,13 @@ class HttpError extends Error implements Refusal {
   }
 }
 
+const FAILURE: Refusal = {
+  status: 500,
+  message: "The server failed; its log says why",
+  headers: {},
+  code: mcp.ErrorCode.InternalError,
+};
+
 /** What the log says of a request; filled in on the way. */
 interface Visit {
   call: string;
@@ -269,9 +276,7 @@ What a client reads first: ${metadataUrl(serverUrl)}
       const headers = status === 401 ? { "WWW-Authenticate": header } : { "Retry-After": "5" };
       replyError(response, { status, message, headers, code: -32000 });
     } else {
-      const failure = () =>
-        new HttpError(500, "The server failed; its log says why", {}, mcp.ErrorCode.InternalError);
-      replyError(response, error instanceof HttpError ? error : failure());
+      replyError(response, error instanceof HttpError ? error : FAILURE);
     }
   }
 
@@ -352,7 +357,6 @@ function replyError(response: http.ServerResponse, { status, message, headers, c
   reply(response, status, { jsonrpc: "2.0", error: { code, message }, id: null }, headers);
 }
 
-/** The body as JSON. The size is counted while it comes in, whatever Content-Length says. */
 async function readJson(request: http.IncomingMessage): Promise<unknown> {
   if (!isJsonContentType(request.headers["content-type"])) {
     throw new HttpError(415, "Content-Type must be application/json");

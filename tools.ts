@@ -380,19 +380,20 @@ export async function openTaskStore(
   url: string | undefined,
   warn: (line: string) => void,
 ): Promise<TaskStore> {
-  if (url === "memory:") return new MemoryStore();
-  const isPostgres = /^postgres(ql)?:/.test(url ?? "");
+  const asked = url ?? "file:tasks.db";
+  if (asked === "memory:") return new MemoryStore();
+  const isPostgres = /^postgres(ql)?:/.test(asked);
   try {
-    return await SqlStore.open(
-      isPostgres ? await openPostgres(url ?? "") : await openSqlite(url ?? "file:tasks.db"),
-    );
+    const store = new SqlStore(await (isPostgres ? openPostgres(asked) : openSqlite(asked)));
+    await store.check(); // a database that can only be read should stop the start, not the first user
+    return store;
   } catch (error) {
     if (url === undefined && error instanceof NoSqlite) {
       warn(`${error.message}: tasks are kept in memory, and lost when the server stops`);
       return new MemoryStore();
     }
     // A postgres URL holds a password: it is not repeated.
-    throw new Error(`DATABASE_URL: ${isPostgres ? "PostgreSQL" : url} cannot be used: ${reason(error)}`, {
+    throw new Error(`DATABASE_URL: ${isPostgres ? "PostgreSQL" : asked} cannot be used: ${reason(error)}`, {
       cause: error,
     });
   }
@@ -468,14 +469,8 @@ const COLUMNS = "id, title, notes, status, due_at, created_at, updated_at";
 class SqlStore implements TaskStore {
   readonly #database: Database;
 
-  private constructor(database: Database) {
+  constructor(database: Database) {
     this.#database = database;
-  }
-
-  static async open(database: Database): Promise<SqlStore> {
-    const store = new SqlStore(database);
-    await store.check(); // a database that can only be read should stop the start, not the first user
-    return store;
   }
 
   async list(owner: string, { status, before, limit }: Parameters<TaskStore["list"]>[1]) {

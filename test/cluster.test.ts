@@ -7,7 +7,7 @@ import type { TestContext } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Task } from "../tools.ts";
 import { noPostgres, startPostgres } from "./postgres.ts";
-import { freePort, spawnServer } from "./start.ts";
+import { freePort, post, spawnServer } from "./start.ts";
 import { configuredTenant, startTenant } from "./tenant.ts";
 
 /** The one address: each connection goes to the next server that takes it. */
@@ -69,20 +69,7 @@ test("a server killed and a database crashed in the middle of a burst lose no ta
   /** What the tool gives, or undefined where the call failed in whatever way. */
   async function call(token: string, name: string, input: object) {
     try {
-      const reply = await fetch(url, {
-        method: "POST",
-        headers: {
-          authorization: `Bearer ${token}`,
-          accept: "application/json, text/event-stream",
-          "content-type": "application/json",
-        },
-        body: JSON.stringify({
-          jsonrpc: "2.0",
-          id: 1,
-          method: "tools/call",
-          params: { name, arguments: input },
-        }),
-      });
+      const reply = await post(url, token, "tools/call", { name, arguments: input });
       const { result } = await reply.json();
       return result.isError ? undefined : result.structuredContent;
     } catch {

@@ -3,6 +3,7 @@ import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
 import { readFileSync } from "node:fs";
 import { describe, test } from "node:test";
+import { RUNTIME_FLAGS } from "./start.ts";
 
 /** What the screen must show of each setting: the words of the README's troubleshooting, and the step. */
 const SYMPTOMS: Record<string, { symptom: RegExp; step: string }> = {
@@ -48,11 +49,10 @@ function assertReadmeAgrees(setting: string, output: string): void {
 
 /** On the runtime and with the loader that run this file. */
 function run(...args: string[]): Promise<{ status: number; stdout: string; stderr: string }> {
-  const loader = "Deno" in globalThis ? ["run", "-A"] : process.execArgv;
   return new Promise((resolve) => {
     execFile(
       process.execPath,
-      [...loader, `${import.meta.dirname}/demo.ts`, ...args],
+      [...RUNTIME_FLAGS, `${import.meta.dirname}/demo.ts`, ...args],
       (error, stdout, stderr) => resolve({ status: Number(error?.code ?? 0), stdout, stderr }),
     );
   });

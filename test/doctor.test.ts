@@ -10,7 +10,7 @@ import { text } from "node:stream/consumers";
 import { after, before, beforeEach, describe, test } from "node:test";
 import type { TestContext } from "node:test";
 import { createServer } from "../server.ts";
-import { freePort, startServer } from "./start.ts";
+import { freePort, RUNTIME_FLAGS, startServer } from "./start.ts";
 import type { RunningServer } from "./start.ts";
 import { ALICE, configuredTenant, signIn, startTenant } from "./tenant.ts";
 import type { Tenant, TenantKind } from "./tenant.ts";
@@ -34,11 +34,7 @@ const asAlice: Browser = (url) => signIn(url, ALICE);
 
 /** Runs the doctor and signs in where it asks for that. Every heading it names must be in the README. */
 async function run(env: Environment, args: string[] = [], browser: Browser = asAlice): Promise<Report> {
-  // The flags that make this runtime read TypeScript; the test runner's own are not among them.
-  const runtime = "Deno" in globalThis
-    ? ["run", "-A"]
-    : process.execArgv.filter((flag) => !flag.startsWith("--test"));
-  const doctor = spawn(process.execPath, [...runtime, `${import.meta.dirname}/doctor.ts`, ...args], {
+  const doctor = spawn(process.execPath, [...RUNTIME_FLAGS, `${import.meta.dirname}/doctor.ts`, ...args], {
     cwd: import.meta.dirname, // where no .env lies
     env: { ...env, PATH: "" }, // where no browser lies
     stdio: ["ignore", "pipe", "pipe"],

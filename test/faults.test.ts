@@ -14,7 +14,7 @@ import type { TestContext } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { openTaskStore } from "../tools.ts";
 import type { Task, TaskStore } from "../tools.ts";
-import { freePort, spawnServer, startServer } from "./start.ts";
+import { freePort, RUNTIME_FLAGS, spawnServer, startServer } from "./start.ts";
 import type { ServerProcess } from "./start.ts";
 import { startTenant } from "./tenant.ts";
 import type { Tenant } from "./tenant.ts";
@@ -425,8 +425,7 @@ test(
 
 test("a log that nobody reads any more harms nobody", { timeout }, async (t) => {
   const port = await freePort();
-  const run = "Deno" in globalThis ? ["run", "-A"] : process.execArgv;
-  const server = spawn(process.execPath, [...run, `${import.meta.dirname}/../server.ts`], {
+  const server = spawn(process.execPath, [...RUNTIME_FLAGS, `${import.meta.dirname}/../server.ts`], {
     env: { PATH: process.env.PATH, ...environment(port, "memory:") },
     stdio: ["ignore", "inherit", "pipe"],
   });

@@ -10,7 +10,7 @@ import type { TestContext } from "node:test";
 import { pathToFileURL } from "node:url";
 import { promisify } from "node:util";
 import { runInNewContext } from "node:vm";
-import { freePort, post, startServer } from "./start.ts";
+import { freePort, post, RUNTIME_FLAGS, startServer } from "./start.ts";
 import { ALICE, configuredTenant, startTenant } from "./tenant.ts";
 
 const ROOT = join(import.meta.dirname, "..");
@@ -172,8 +172,7 @@ test("the line for the e-mail works inside the Action", async () => {
 
 /** Runs a file of the repository on the runtime and with the loader that run this one. */
 function run(file: string, ...args: string[]): Promise<{ stdout: string }> {
-  const loader = "Deno" in globalThis ? ["run", "-A"] : process.execArgv;
-  return promisify(execFile)(process.execPath, [...loader, join(ROOT, file), ...args]);
+  return promisify(execFile)(process.execPath, [...RUNTIME_FLAGS, join(ROOT, file), ...args]);
 }
 
 /** The tools of a server that is started for it, and a way to call them. */

@@ -8,7 +8,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { readSettings } from "../server.ts";
-import { freePort, spawnServer } from "./start.ts";
+import { freePort, post, spawnServer } from "./start.ts";
 import { startTenant } from "./tenant.ts";
 import type { Tenant } from "./tenant.ts";
 
@@ -160,21 +160,8 @@ async function logOf(level: string): Promise<{ log: string; token: string }> {
   // A silent server cannot say when it listens: it is asked until it answers.
   while (!await fetch(`http://localhost:${port}/healthz`).then(({ ok }) => ok, () => false));
   const token = await tenant.sign({ aud: url, azp: "chatgpt" });
-  for (const authorization of [`Bearer ${token}`, `Bearer ${token}x`]) {
-    await fetch(`${url}?secret=in-query`, {
-      method: "POST",
-      headers: {
-        authorization,
-        "content-type": "application/json",
-        accept: "application/json, text/event-stream",
-      },
-      body: JSON.stringify({
-        jsonrpc: "2.0",
-        id: 1,
-        method: "tools/call",
-        params: { name: "list_tasks\n\u001b[31m" },
-      }),
-    });
+  for (const sent of [token, `${token}x`]) {
+    await post(`${url}?secret=in-query`, sent, "tools/call", { name: "list_tasks\n\u001b[31m" });
   }
   kill("SIGTERM");
   assert.equal(await exited, 0);

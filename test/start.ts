@@ -9,6 +9,11 @@ import { createServer, readSettings } from "../server.ts";
 import { openTaskStore } from "../tools.ts";
 import type { TaskStore } from "../tools.ts";
 
+/** What makes this runtime read TypeScript, for processes started by a test; the test runner's own flags are left out. */
+export const RUNTIME_FLAGS = "Deno" in globalThis
+  ? ["run", "-A"]
+  : process.execArgv.filter((flag) => !flag.startsWith("--test"));
+
 /** A port that is free now. MCP_SERVER_URL holds the port, so it has to be known before the server exists. */
 export async function freePort(): Promise<number> {
   const server = createNetServer().listen(0, "127.0.0.1");
@@ -84,8 +89,7 @@ export function spawnServer(
   cwd: string = import.meta.dirname,
   script = `${import.meta.dirname}/../server.ts`,
 ): ServerProcess {
-  const run = "Deno" in globalThis ? ["run", "-A"] : process.execArgv;
-  const child = spawn(process.execPath, [...run, script], {
+  const child = spawn(process.execPath, [...RUNTIME_FLAGS, script], {
     cwd,
     env: { PATH: process.env.PATH, ...env },
     stdio: ["ignore", "inherit", "pipe"],
