@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
 import { readFileSync } from "node:fs";
 import { describe, test } from "node:test";
-import { RUNTIME_FLAGS } from "./start.ts";
+import { RUNTIME_FLAGS } from "./support/server.ts";
 
 /** What the screen must show of each setting: the words of the README's troubleshooting, and the step. */
 const SYMPTOMS: Record<string, { symptom: RegExp; step: string }> = {
@@ -52,7 +52,7 @@ function run(...args: string[]): Promise<{ status: number; stdout: string; stder
   return new Promise((resolve) => {
     execFile(
       process.execPath,
-      [...RUNTIME_FLAGS, `${import.meta.dirname}/demo.ts`, ...args],
+      [...RUNTIME_FLAGS, `${import.meta.dirname}/run/demo.ts`, ...args],
       (error, stdout, stderr) => resolve({ status: Number(error?.code ?? 0), stdout, stderr }),
     );
   });

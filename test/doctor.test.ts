@@ -10,10 +10,10 @@ import { text } from "node:stream/consumers";
 import { after, before, beforeEach, describe, test } from "node:test";
 import type { TestContext } from "node:test";
 import { createServer } from "../server.ts";
-import { freePort, RUNTIME_FLAGS, startServer } from "./start.ts";
-import type { RunningServer } from "./start.ts";
-import { ALICE, configuredTenant, signIn, startTenant } from "./tenant.ts";
-import type { Tenant, TenantKind } from "./tenant.ts";
+import { freePort, RUNTIME_FLAGS, startServer } from "./support/server.ts";
+import type { RunningServer } from "./support/server.ts";
+import { ALICE, configuredTenant, signIn, startTenant } from "./support/tenant.ts";
+import type { Tenant, TenantKind } from "./support/tenant.ts";
 
 const README = readFileSync(new URL("../README.md", import.meta.url), "utf8");
 const KINDS: TenantKind[] = ["permissive", "strict"];
@@ -34,7 +34,7 @@ const asAlice: Browser = (url) => signIn(url, ALICE);
 
 /** Runs the doctor and signs in where it asks for that. Every heading it names must be in the README. */
 async function run(env: Environment, args: string[] = [], browser: Browser = asAlice): Promise<Report> {
-  const doctor = spawn(process.execPath, [...RUNTIME_FLAGS, `${import.meta.dirname}/doctor.ts`, ...args], {
+  const doctor = spawn(process.execPath, [...RUNTIME_FLAGS, `${import.meta.dirname}/run/doctor.ts`, ...args], {
     cwd: import.meta.dirname, // where no .env lies
     env: { ...env, PATH: "" }, // where no browser lies
     stdio: ["ignore", "pipe", "pipe"],

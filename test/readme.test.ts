@@ -10,8 +10,8 @@ import type { TestContext } from "node:test";
 import { pathToFileURL } from "node:url";
 import { promisify } from "node:util";
 import { runInNewContext } from "node:vm";
-import { freePort, post, RUNTIME_FLAGS, startServer } from "./start.ts";
-import { ALICE, configuredTenant, startTenant } from "./tenant.ts";
+import { freePort, post, RUNTIME_FLAGS, startServer } from "./support/server.ts";
+import { ALICE, configuredTenant, startTenant } from "./support/tenant.ts";
 
 const ROOT = join(import.meta.dirname, "..");
 const read = (path: string) => readFileSync(join(ROOT, path), "utf8");
@@ -87,14 +87,14 @@ test("the table of the tools names the tools that the server lists", async (t) =
 
 test("the names of --break are those that the demo lists", async () => {
   const named = [...README.matchAll(/--break ([a-z-]+)/g)].map(([, name]) => name);
-  const { stdout } = await run("test/demo.ts", "--break");
+  const { stdout } = await run("test/run/demo.ts", "--break");
   const listed = [...stdout.matchAll(/^ +(\S+)/gm)].map(([, name]) => name);
   assert.deepEqual([...new Set(named)].sort(), listed.sort());
 });
 
 test("the demo's output stands in the README as the demo prints it", async () => {
   const [quoted = ""] = blocks("text", "Alice links the server");
-  const { stdout } = await run("test/demo.ts");
+  const { stdout } = await run("test/run/demo.ts");
   const general = (text: string) =>
     text.replace(/localhost:\d+/g, "localhost").replace(/[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}/g, "ID");
   assert.ok(quoted.length > 300);

@@ -5,8 +5,8 @@ import { type OAuthClientProvider, UnauthorizedError } from "@modelcontextprotoc
 import { Client } from "@modelcontextprotocol/sdk/client/index.js";
 import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
 import type { OAuthClientInformationMixed, OAuthTokens } from "@modelcontextprotocol/sdk/shared/auth.js";
-import { Connector, type ConnectorOptions, publishClientMetadata } from "./chatgpt.ts";
-import { startServer } from "./start.ts";
+import { Connector, type ConnectorOptions, publishClientMetadata } from "./support/chatgpt.ts";
+import { startServer } from "./support/server.ts";
 import {
   ALICE,
   BOB,
@@ -16,7 +16,7 @@ import {
   startTenant,
   type TenantKind,
   type User,
-} from "./tenant.ts";
+} from "./support/tenant.ts";
 
 const KINDS: TenantKind[] = ["permissive", "strict"];
 

@@ -11,9 +11,9 @@ import type { TestContext } from "node:test";
 import { pathToFileURL } from "node:url";
 import { openTaskStore } from "../tools.ts";
 import type { Task, TaskStore } from "../tools.ts";
-import { noPostgres, startPostgres } from "./postgres.ts";
-import type { Postgres } from "./postgres.ts";
-import { freePort } from "./start.ts";
+import { noPostgres, startPostgres } from "./support/postgres.ts";
+import type { Postgres } from "./support/postgres.ts";
+import { freePort } from "./support/server.ts";
 
 const noSqlite = await import("node:sqlite").then(() => false, () => "this runtime has no node:sqlite");
 

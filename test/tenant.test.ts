@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { test, type TestContext } from "node:test";
 import { createRemoteJWKSet, decodeJwt, decodeProtectedHeader, jwtVerify } from "jose";
-import { publishClientMetadata } from "./chatgpt.ts";
+import { publishClientMetadata } from "./support/chatgpt.ts";
 import {
   ALICE,
   configuredTenant,
@@ -13,7 +13,7 @@ import {
   type Tenant,
   type TenantKind,
   type TenantSettings,
-} from "./tenant.ts";
+} from "./support/tenant.ts";
 
 const API = "http://localhost:1/mcp";
 const CALLBACK = "https://chatgpt.com/connector/oauth/test";

@@ -9,10 +9,10 @@ import type { Transport } from "@modelcontextprotocol/sdk/shared/transport.js";
 import { CallToolResultSchema } from "@modelcontextprotocol/sdk/types.js";
 import type { CallToolResult } from "@modelcontextprotocol/sdk/types.js";
 import type { Task } from "../tools.ts";
-import { startServer } from "./start.ts";
-import type { RunningServer } from "./start.ts";
-import { startTenant } from "./tenant.ts";
-import type { Tenant } from "./tenant.ts";
+import { startServer } from "./support/server.ts";
+import type { RunningServer } from "./support/server.ts";
+import { startTenant } from "./support/tenant.ts";
+import type { Tenant } from "./support/tenant.ts";
 
 let tenant: Tenant;
 let server: RunningServer;

@@ -11,12 +11,12 @@ import assert from "node:assert/strict";
 import { appendFile, copyFile, mkdtemp, rm, symlink } from "node:fs/promises";
 import { availableParallelism, tmpdir } from "node:os";
 import { join } from "node:path";
-import { Connection, median, megabytes, runtime, toRequest, usageOf } from "./load.ts";
-import type { Reply } from "./load.ts";
-import { noPostgres, startPostgres } from "./postgres.ts";
-import { freePort, spawnServer } from "./start.ts";
-import type { ServerProcess } from "./start.ts";
-import { startTenant } from "./tenant.ts";
+import { Connection, median, megabytes, runtime, toRequest, usageOf } from "../support/load.ts";
+import type { Reply } from "../support/load.ts";
+import { noPostgres, startPostgres } from "../support/postgres.ts";
+import { freePort, spawnServer } from "../support/server.ts";
+import type { ServerProcess } from "../support/server.ts";
+import { startTenant } from "../support/tenant.ts";
 
 const CONNECTIONS = 16;
 const USERS = 16; // their tokens take turns on every connection
@@ -55,7 +55,7 @@ interface Round {
   cpu: number;
 }
 
-const root = join(import.meta.dirname, "..");
+const root = join(import.meta.dirname, "../..");
 const audience = "http://localhost/mcp"; // the same for all, whatever their ports
 const hasSqlite = await import("node:sqlite").then(() => true, () => false);
 const directory = await mkdtemp(join(tmpdir(), "bench-"));
@@ -90,7 +90,7 @@ try {
 
 async function compare() {
   const ours = await enter("server.ts", join(root, "server.ts"));
-  const documented = await enter("documented pattern", join(root, "test/peer-documented.ts"));
+  const documented = await enter("documented pattern", join(root, "test/support/peer-documented.ts"));
   const grown = await enter("server.ts, grown", await copyWithMoreTools());
   if (hasSqlite) await addTasksOfOthers(grown);
   const pooled = postgres &&
@@ -200,7 +200,7 @@ async function enterBare({ exchanges }: Contestant): Promise<Contestant> {
   const env = {
     REPLIES: `{"/mcp?tools/call":${called},"/mcp?tools/list":${listed},"/mcp?refused":${refused}}`,
   };
-  const startAnother = () => start(join(root, "test/peer-bare.ts"), env);
+  const startAnother = () => start(join(root, "test/support/peer-bare.ts"), env);
   const running = await startAnother();
   return { ...running, name: "bare node:http", startAnother, exchanges: await ask(running.port) };
 }

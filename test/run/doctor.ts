@@ -22,9 +22,9 @@ import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/
 import * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
 import { decodeProtectedHeader } from "jose";
 import { z } from "zod";
-import { createAuthenticator, metadataUrl, reason } from "../auth.ts";
-import type { Caller } from "../auth.ts";
-import { readSettings } from "../server.ts";
+import { createAuthenticator, metadataUrl, reason } from "../../auth.ts";
+import type { Caller } from "../../auth.ts";
+import { readSettings } from "../../server.ts";
 
 const TIMEOUT_MS = 10_000;
 const SIGN_IN_MINUTES = 5;

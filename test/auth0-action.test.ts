@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { loadAction, OIDC_SCOPES } from "./tenant.ts";
+import { loadAction, OIDC_SCOPES } from "./support/tenant.ts";
 
 /** Runs the Action once, and says which scopes it added. */
 async function run(event: Parameters<ReturnType<typeof loadAction>>[0]): Promise<string[]> {

@@ -8,9 +8,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { readSettings } from "../server.ts";
-import { freePort, post, spawnServer } from "./start.ts";
-import { startTenant } from "./tenant.ts";
-import type { Tenant } from "./tenant.ts";
+import { freePort, post, spawnServer } from "./support/server.ts";
+import { startTenant } from "./support/tenant.ts";
+import type { Tenant } from "./support/tenant.ts";
 
 const REQUIRED = { AUTH0_DOMAIN: "your-tenant.us.auth0.com", MCP_SERVER_URL: "https://your-domain.com/mcp" };
 

@@ -6,9 +6,9 @@ import { test } from "node:test";
 import type { TestContext } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Task } from "../tools.ts";
-import { noPostgres, startPostgres } from "./postgres.ts";
-import { freePort, post, spawnServer } from "./start.ts";
-import { configuredTenant, startTenant } from "./tenant.ts";
+import { noPostgres, startPostgres } from "./support/postgres.ts";
+import { freePort, post, spawnServer } from "./support/server.ts";
+import { configuredTenant, startTenant } from "./support/tenant.ts";
 
 /** The one address: each connection goes to the next server that takes it. */
 async function startBalancer(t: TestContext, ports: number[]): Promise<number> {

@@ -92,6 +92,8 @@ export interface TenantSettings {
   clientIdMetadataDocumentRegistration: boolean;
   defaultAudience: string;
   resourceParameterCompatibilityProfile: boolean;
+  /** Settings → Advanced: `iss` with every answer of /authorize (RFC 9207). */
+  includeIssuerInAuthorizationResponses: boolean;
   apis: Api[];
   /** Authentication → Database, Social, Enterprise. */
   connections: { name: string; domainLevel: boolean }[];
@@ -115,6 +117,7 @@ export function newTenant(kind: TenantKind): TenantSettings {
     clientIdMetadataDocumentRegistration: false,
     defaultAudience: "",
     resourceParameterCompatibilityProfile: false,
+    includeIssuerInAuthorizationResponses: false,
     apis: [],
     connections: [{ name: "Username-Password-Authentication", domainLevel: false }],
     applications: [],
@@ -168,7 +171,7 @@ export type PostLoginAction = (
 /** Loads `auth0-action.js` as Auth0 does: the pasted text, run as a CommonJS module. */
 export function loadAction(): PostLoginAction {
   const exports: { onExecutePostLogin?: PostLoginAction } = {};
-  const source = readFileSync(new URL("../auth0-action.js", import.meta.url), "utf8");
+  const source = readFileSync(new URL("../../auth0-action.js", import.meta.url), "utf8");
   compileFunction(source, ["exports"])(exports);
   if (!exports.onExecutePostLogin) throw new Error("auth0-action.js exports no onExecutePostLogin");
   return exports.onExecutePostLogin;
@@ -360,6 +363,8 @@ export class Tenant {
       code_challenge_methods_supported: ["S256", "plain"],
       ...(this.settings.clientIdMetadataDocumentRegistration &&
         { client_id_metadata_document_supported: true }),
+      ...(this.settings.includeIssuerInAuthorizationResponses &&
+        { authorization_response_iss_parameter_supported: true }),
     };
   }
 

@@ -4,10 +4,10 @@ import type { ServerResponse } from "node:http";
 import { after, afterEach, before, beforeEach, test } from "node:test";
 import type { TestContext } from "node:test";
 import { createAuthenticator } from "../auth.ts";
-import { post, startServer } from "./start.ts";
-import type { RunningServer } from "./start.ts";
-import { startTenant } from "./tenant.ts";
-import type { Tenant } from "./tenant.ts";
+import { post, startServer } from "./support/server.ts";
+import type { RunningServer } from "./support/server.ts";
+import { startTenant } from "./support/tenant.ts";
+import type { Tenant } from "./support/tenant.ts";
 
 const MINUTE = 60_000;
 

@@ -5,9 +5,9 @@ import type { Server } from "node:http";
 import { createServer as createNetServer } from "node:net";
 import type { AddressInfo } from "node:net";
 import { createInterface } from "node:readline";
-import { createServer, readSettings } from "../server.ts";
-import { openTaskStore } from "../tools.ts";
-import type { TaskStore } from "../tools.ts";
+import { createServer, readSettings } from "../../server.ts";
+import { openTaskStore } from "../../tools.ts";
+import type { TaskStore } from "../../tools.ts";
 
 /** What makes this runtime read TypeScript, for processes started by a test; the test runner's own flags are left out. */
 export const RUNTIME_FLAGS = "Deno" in globalThis
@@ -87,7 +87,7 @@ export interface ServerProcess {
 export function spawnServer(
   env: Record<string, string>,
   cwd: string = import.meta.dirname,
-  script = `${import.meta.dirname}/../server.ts`,
+  script = `${import.meta.dirname}/../../server.ts`,
 ): ServerProcess {
   const child = spawn(process.execPath, [...RUNTIME_FLAGS, script], {
     cwd,

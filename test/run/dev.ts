@@ -4,8 +4,8 @@
  *
  * PORT (3000) is the server's port, TENANT_PORT (4000) the tenant's.
  */
-import { startServer } from "./start.ts";
-import { configuredTenant, startTenant } from "./tenant.ts";
+import { startServer } from "../support/server.ts";
+import { configuredTenant, startTenant } from "../support/tenant.ts";
 
 const { PORT = "3000", TENANT_PORT = "4000" } = process.env;
 const mcpServerUrl = `http://localhost:${PORT}/mcp`;

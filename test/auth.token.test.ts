@@ -3,10 +3,10 @@ import assert from "node:assert/strict";
 import { createHmac, createPublicKey } from "node:crypto";
 import { after, before, test } from "node:test";
 import { CompactEncrypt, exportJWK, generateKeyPair, UnsecuredJWT } from "jose";
-import { post, startServer } from "./start.ts";
-import type { RunningServer } from "./start.ts";
-import { configuredTenant, startTenant } from "./tenant.ts";
-import type { Tenant } from "./tenant.ts";
+import { post, startServer } from "./support/server.ts";
+import type { RunningServer } from "./support/server.ts";
+import { configuredTenant, startTenant } from "./support/tenant.ts";
+import type { Tenant } from "./support/tenant.ts";
 
 let tenant: Tenant;
 let server: RunningServer;

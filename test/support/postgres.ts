@@ -13,7 +13,7 @@ import { tmpdir } from "node:os";
 import { delimiter, join } from "node:path";
 import { createInterface } from "node:readline";
 import type { Readable, Writable } from "node:stream";
-import { freePort } from "./start.ts";
+import { freePort } from "./server.ts";
 
 /** Debian's package leaves the server's programs out of PATH. */
 const directories = ["/usr/lib/postgresql/15/bin", ...(process.env.PATH ?? "").split(delimiter)];

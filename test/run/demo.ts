@@ -10,8 +10,8 @@
  */
 import assert from "node:assert/strict";
 import { parseArgs, styleText } from "node:util";
-import { Connector, type Hop, publishClientMetadata } from "./chatgpt.ts";
-import { freePort, spawnServer } from "./start.ts";
+import { Connector, type Hop, publishClientMetadata } from "../support/chatgpt.ts";
+import { freePort, spawnServer } from "../support/server.ts";
 import {
   ALICE,
   BOB,
@@ -21,7 +21,7 @@ import {
   type Tenant,
   type TenantKind,
   type User,
-} from "./tenant.ts";
+} from "../support/tenant.ts";
 
 /** All that a setting of the guide can be a part of, before the demo runs. */
 interface Setup {

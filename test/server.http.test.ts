@@ -6,10 +6,10 @@ import type { AddressInfo } from "node:net";
 import { after, before, test } from "node:test";
 import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { StreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/streamableHttp.js";
-import { startServer } from "./start.ts";
-import type { RunningServer } from "./start.ts";
-import { configuredTenant, startTenant } from "./tenant.ts";
-import type { Tenant } from "./tenant.ts";
+import { startServer } from "./support/server.ts";
+import type { RunningServer } from "./support/server.ts";
+import { configuredTenant, startTenant } from "./support/tenant.ts";
+import type { Tenant } from "./support/tenant.ts";
 
 let tenant: Tenant;
 let server: RunningServer;

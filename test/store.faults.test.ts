@@ -14,10 +14,10 @@ import type { TestContext } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { openTaskStore } from "../tools.ts";
 import type { Task, TaskStore } from "../tools.ts";
-import { freePort, RUNTIME_FLAGS, spawnServer, startServer } from "./start.ts";
-import type { ServerProcess } from "./start.ts";
-import { startTenant } from "./tenant.ts";
-import type { Tenant } from "./tenant.ts";
+import { freePort, RUNTIME_FLAGS, spawnServer, startServer } from "./support/server.ts";
+import type { ServerProcess } from "./support/server.ts";
+import { startTenant } from "./support/tenant.ts";
+import type { Tenant } from "./support/tenant.ts";
 
 const sqlite = await import("node:sqlite").catch(() => undefined);
 /** Most faults would show as a wait without end. */

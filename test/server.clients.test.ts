@@ -6,10 +6,10 @@ import type { Socket } from "node:net";
 import { after, afterEach, before, beforeEach, test } from "node:test";
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
-import { startServer } from "./start.ts";
-import type { RunningServer } from "./start.ts";
-import { startTenant } from "./tenant.ts";
-import type { Tenant } from "./tenant.ts";
+import { startServer } from "./support/server.ts";
+import type { RunningServer } from "./support/server.ts";
+import { startTenant } from "./support/tenant.ts";
+import type { Tenant } from "./support/tenant.ts";
 
 let tenant: Tenant;
 let server: RunningServer;
