@@ -3,16 +3,8 @@ import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
 import { after, before, describe, test } from "node:test";
 import { type ClientDocuments, Connector, publishClientMetadata } from "./support/chatgpt.ts";
-import { RUNTIME_FLAGS, startServer } from "./support/server.ts";
-import {
-  APPLY,
-  left,
-  recordRequests,
-  runSetup,
-  SERVER_URL,
-  startManagedTenant,
-  TOKEN,
-} from "./support/setup.ts";
+import { type RunningServer, RUNTIME_FLAGS, startServer } from "./support/server.ts";
+import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL, TOKEN } from "./support/setup.ts";
 import {
   ALICE,
   CLIENT_KINDS,
@@ -24,14 +16,23 @@ import {
   type SettingName,
   settingsFor,
   signIn,
+  startTenant,
   type Tenant,
 } from "./support/tenant.ts";
 
+let tenant: Tenant;
+let server: RunningServer;
 let clientDocuments: ClientDocuments;
 before(async () => {
+  tenant = await startTenant();
+  server = await startServer({ AUTH0_DOMAIN: tenant.origin });
   clientDocuments = await publishClientMetadata();
 });
-after(() => clientDocuments.close());
+after(async () => {
+  await server.close();
+  await clientDocuments.close();
+  await tenant.close();
+});
 
 /** Step 5, which only a person can do. */
 function makeApplication({ settings }: Tenant, client: ClientKind): void {
@@ -44,9 +45,7 @@ describe("A new tenant", () => {
     const { tenant: kind, way } = client;
 
     test(`${kind}, is set up by one command for the way ${way}, and ChatGPT is linked`, async (t) => {
-      const tenant = await startManagedTenant(t, { kind });
-      const server = await startServer({ AUTH0_DOMAIN: tenant.origin });
-      t.after(() => server.close());
+      reset(tenant, { kind });
       const options = { way, document: clientDocuments.url() };
       const at = { serverUrl: server.url };
 
@@ -76,16 +75,16 @@ describe("A new tenant", () => {
     });
   }
 
-  test("can do without issuer identification, with the document of one connection", async (t) => {
-    const tenant = await startManagedTenant(t, { kind: "strict" });
+  test("can do without issuer identification, with the document of one connection", async () => {
+    reset(tenant, { kind: "strict" });
     const { status, output } = await runSetup(tenant, { document: clientDocuments.url("one"), ...APPLY });
     assert.equal(status, 0, output);
     assert.equal(tenant.settings.includeIssuerInAuthorizationResponses, false);
     assert.equal(tenant.settings.applications[0]?.externalClientId, clientDocuments.url("one"));
   });
 
-  test("is only looked at without --apply", async (t) => {
-    const tenant = await startManagedTenant(t);
+  test("is only looked at without --apply", async () => {
+    reset(tenant);
     const requests = recordRequests(tenant);
     const { status, output } = await runSetup(tenant, { way: "register" });
     assert.equal(status, 1);
@@ -93,8 +92,8 @@ describe("A new tenant", () => {
     assert.deepEqual(requests.filter((request) => !request.startsWith("GET ")), []);
   });
 
-  test("is changed only when the person says yes, and says what has been done", async (t) => {
-    const tenant = await startManagedTenant(t, { kind: "strict" });
+  test("is changed only when the person says yes, and says what has been done", async () => {
+    reset(tenant, { kind: "strict" });
     const questions: string[] = [];
     const ask = (answer: boolean) => (question: string) => {
       questions.push(question);
@@ -111,16 +110,16 @@ describe("A new tenant", () => {
     assert.match(questions[0] ?? "", /Change http:\/\/localhost:\d+\/ as shown, .*\? \[y\/N\]/);
   });
 
-  test("is not changed where nobody can be asked", async (t) => {
-    const tenant = await startManagedTenant(t);
+  test("is not changed where nobody can be asked", async () => {
+    reset(tenant);
     const { status, output } = await runSetup(tenant, { apply: true });
     assert.equal(status, 1);
     assert.equal(output, "--apply asks first, and there is no terminal to ask on: add --yes");
   });
 });
 
-test("a second run has nothing to do, and writes nothing", async (t) => {
-  const tenant = await startManagedTenant(t);
+test("a second run has nothing to do, and writes nothing", async () => {
+  reset(tenant);
   const options = { way: "register", ...APPLY };
   await runSetup(tenant, options);
   const before = structuredClone(tenant.settings);
@@ -153,8 +152,8 @@ describe("A setting that was left out is the only line that is not ok", () => {
   for (const client of CLIENT_KINDS) {
     const { tenant: kind, way } = client;
     for (const leftOut of settingsFor(client)) {
-      test(`${leftOut}, for ${way} on a ${kind} tenant`, async (t) => {
-        const tenant = await startManagedTenant(t, configuredTenant(kind, SERVER_URL, way, leftOut));
+      test(`${leftOut}, for ${way} on a ${kind} tenant`, async () => {
+        reset(tenant, configuredTenant(kind, SERVER_URL, way, leftOut));
         tenant.settings.includeIssuerInAuthorizationResponses = true;
         if (way === "cimd") await tenant.importFromUrl(clientDocuments.url());
         const options = { way, document: clientDocuments.url() };
@@ -179,8 +178,8 @@ describe("A setting that was left out is the only line that is not ok", () => {
     ],
   };
   for (const [name, [change, line]] of Object.entries(further)) {
-    test(`${name}, for cimd`, async (t) => {
-      const tenant = await startManagedTenant(t, configuredTenant("strict", SERVER_URL, "cimd"));
+    test(`${name}, for cimd`, async () => {
+      reset(tenant, configuredTenant("strict", SERVER_URL, "cimd"));
       tenant.settings.includeIssuerInAuthorizationResponses = true;
       await tenant.importFromUrl(clientDocuments.url());
       change(tenant);
@@ -194,14 +193,14 @@ describe("A setting that was left out is the only line that is not ok", () => {
 describe("Without --way it is", () => {
   const about = async (tenant: Tenant) => (await runSetup(tenant)).output.split("\n", 1)[0];
 
-  test("cimd on a new tenant, as the README recommends", async (t) => {
-    const tenant = await startManagedTenant(t, { kind: "strict" });
+  test("cimd on a new tenant, as the README recommends", async () => {
+    reset(tenant, { kind: "strict" });
     assert.equal(await about(tenant), "The tenant is strict. The way is cimd, as the README recommends.");
   });
 
   for (const { tenant: kind, way } of CLIENT_KINDS) {
-    test(`${way} on a ${kind} tenant that is set to it`, async (t) => {
-      const tenant = await startManagedTenant(t, configuredTenant(kind, SERVER_URL, way));
+    test(`${way} on a ${kind} tenant that is set to it`, async () => {
+      reset(tenant, configuredTenant(kind, SERVER_URL, way));
       assert.equal(
         await about(tenant),
         `The tenant is ${kind}. The way is ${way}, as the tenant is set already.`,
@@ -209,8 +208,8 @@ describe("Without --way it is", () => {
     });
   }
 
-  test("with the document that is imported, where the tenant does not identify itself", async (t) => {
-    const tenant = await startManagedTenant(t, configuredTenant("strict", SERVER_URL, "cimd"));
+  test("with the document that is imported, where the tenant does not identify itself", async () => {
+    reset(tenant, configuredTenant("strict", SERVER_URL, "cimd"));
     tenant.settings.applications.push({
       clientId: "tpc_1",
       externalClientId: "https://chatgpt.com/oauth/one/client.json",
@@ -224,8 +223,8 @@ describe("Without --way it is", () => {
   });
 });
 
-test("where the tenant does not say its kind, a client that registers itself gets what either kind needs", async (t) => {
-  const tenant = await startManagedTenant(t);
+test("where the tenant does not say its kind, a client that registers itself gets what either kind needs", async () => {
+  reset(tenant);
   tenant.beforeManagement = async (request, answer) => {
     const response = await answer();
     if (request !== "GET tenants/settings") return response;
@@ -237,14 +236,14 @@ test("where the tenant does not say its kind, a client that registers itself get
   assert.ok(left(report).includes("to do: 4 Action"), report.output);
 });
 
-test("where the API asks for a grant, a permissive client that registers itself needs the Default Permissions", async (t) => {
-  const tenant = await startManagedTenant(t, configuredTenant("permissive", SERVER_URL));
+test("where the API asks for a grant, a permissive client that registers itself needs the Default Permissions", async () => {
+  reset(tenant, configuredTenant("permissive", SERVER_URL));
   tenant.settings.apis.forEach((api) => api.userAccessPolicy = "require_client_grant");
   assert.deepEqual(left(await runSetup(tenant)), ["to do: 1 Default Permissions"]);
 });
 
-test("where the API asks for a grant, an application made by hand needs it", async (t) => {
-  const tenant = await startManagedTenant(t, configuredTenant("strict", SERVER_URL, "fixed"));
+test("where the API asks for a grant, an application made by hand needs it", async () => {
+  reset(tenant, configuredTenant("strict", SERVER_URL, "fixed"));
   tenant.settings.apis.forEach((api) => api.userAccessPolicy = "require_client_grant");
   const report = await runSetup(tenant);
   assert.deepEqual(left(report), ["by hand: 5 application"]);
@@ -276,8 +275,8 @@ describe("The command line", () => {
     assert.match(stdout, /AUTH0_MANAGEMENT_TOKEN: Auth0 Dashboard → .* API Explorer/s);
   });
 
-  test("sets a tenant up", async (t) => {
-    const tenant = await startManagedTenant(t, { kind: "strict" });
+  test("sets a tenant up", async () => {
+    reset(tenant, { kind: "strict" });
     const env = { AUTH0_DOMAIN: tenant.origin, MCP_SERVER_URL: SERVER_URL, AUTH0_MANAGEMENT_TOKEN: TOKEN };
     const asked = await command(["--way", "register", "--apply"], env);
     assert.deepEqual([asked.status, asked.stdout.trim().split("\n").length], [1, 1]);

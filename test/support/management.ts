@@ -355,11 +355,12 @@ export interface StoredBinding {
 function library(settings: TenantSettings): { actions: StoredAction[]; flow: StoredBinding[] } {
   const name = "Add Scopes for ChatGPT";
   const ours = { id: "act_ours", name, code: ACTION_CODE, deployedCode: ACTION_CODE };
-  settings.actions ??= settings.postLoginAction ? [ours] : [];
-  settings.flow ??= settings.postLoginAction
-    ? [{ id: "bnd_ours", actionId: ours.id, displayName: name }]
-    : [];
-  return { actions: settings.actions, flow: settings.flow };
+  const {
+    postLoginAction,
+    actions = postLoginAction ? [ours] : [],
+    flow = postLoginAction ? [{ id: "bnd_ours", actionId: ours.id, displayName: name }] : [],
+  } = settings;
+  return { actions, flow };
 }
 
 const describeAction = ({ id, name, code, deployedCode, building = 0 }: StoredAction) => ({
@@ -402,7 +403,7 @@ function createAction({ settings, body }: Call): Answer {
     throw new ManagementError(409, "already_exists", "An action with that name exists.");
   }
   const action = { id: `act_${randomUUID()}`, name, code, building: 2 };
-  actions.push(action);
+  settings.actions = [...actions, action];
   return [describeAction(action), 201];
 }
 

@@ -1,8 +1,7 @@
 /** Runs `npm run setup` inside the test's process, on a stand-in tenant, and reads what it says. */
-import type { TestContext } from "node:test";
 import { type Options, setup } from "../run/setup.ts";
 import { MANAGEMENT_SCOPES } from "./management.ts";
-import { startTenant, type Tenant, type TenantSettings } from "./tenant.ts";
+import { newTenant, type Tenant, type TenantSettings } from "./tenant.ts";
 
 export const TOKEN = "management-token";
 export const SERVER_URL = "http://localhost:3000/mcp";
@@ -59,13 +58,14 @@ export function left({ lines }: Report): string[] {
     .map(({ mark, step, said }) => `${mark}: ${step} ${said.split(":", 1)[0]}`);
 }
 
-/** A tenant whose Management API takes `TOKEN`. */
-export async function startManagedTenant(
-  t: TestContext,
-  settings: Partial<TenantSettings> = {},
-): Promise<Tenant> {
-  const tenant = await startTenant({ managementTokens: { [TOKEN]: MANAGEMENT_SCOPES }, ...settings });
-  t.after(() => tenant.close());
+/** Makes it another tenant, whose Management API takes `TOKEN`: starting one would cost its keys each time. */
+export function reset(tenant: Tenant, settings: Partial<TenantSettings> = {}): Tenant {
+  const { settings: now } = tenant;
+  delete now.actions;
+  delete now.flow;
+  const managementTokens = { [TOKEN]: MANAGEMENT_SCOPES };
+  Object.assign(now, newTenant(settings.kind ?? "permissive"), { managementTokens }, settings);
+  tenant.beforeManagement = (_, answer) => answer();
   return tenant;
 }
 
