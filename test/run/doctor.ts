@@ -1,22 +1,14 @@
-/**
- * `npm run doctor`: looks at the tenant and at the running server from outside, and names the step of the README
- * that is missing. Reads the server's environment, and AUTH0_CLIENT_ID and AUTH0_CLIENT_SECRET of Step 6.
- *
- * `--register` creates an application in the tenant and goes as far as the sign-in page. `--login` does that too,
- * signs you in through your browser and calls the tools.
- *
- * One line a check: `ok`, `missing`, or `cannot tell` where an earlier check failed or the answer does not show from
- * outside. Exit status 1 if something is missing. Tokens, codes and secrets are never printed.
- */
+/** `npm run doctor`: looks at the tenant and at the running server from outside, as `HELP` says. */
 import { spawn } from "node:child_process";
 import { randomUUID } from "node:crypto";
 import { once } from "node:events";
+import { realpathSync } from "node:fs";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { setTimeout as delay } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import * as oauth from "@modelcontextprotocol/sdk/client/auth.js";
-import { ClientCredentialsProvider } from "@modelcontextprotocol/sdk/client/auth-extensions.js";
 import { Client } from "@modelcontextprotocol/sdk/client/index.js";
 import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
 import * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
@@ -25,6 +17,19 @@ import { z } from "zod";
 import { createAuthenticator, metadataUrl, reason } from "../../auth.ts";
 import type { Caller } from "../../auth.ts";
 import { readSettings } from "../../server.ts";
+
+const HELP = `Usage: npm run doctor -- [--register | --login]
+
+Looks at the tenant and at the running server from outside, and names the step of the README that is missing.
+
+  --register   create an application in the tenant, and go as far as the sign-in page
+  --login      do that too, sign you in through your browser, and call the tools
+  --help       show this
+
+Reads the server's environment, and AUTH0_CLIENT_ID and AUTH0_CLIENT_SECRET of Step 6 where they are set.
+
+Prints one line a check: ok, missing, or cannot tell where an earlier check failed or the answer does not show
+from outside. Exits with 1 if something is missing. Tokens, codes and secrets are never printed.`;
 
 const TIMEOUT_MS = 10_000;
 const SIGN_IN_MINUTES = 5;
@@ -110,15 +115,24 @@ const CAUSES: [words: RegExp, step: number, remedy: string][] = [
   [/is not authorized to access resource server/, 1, "Set the Default Permissions"],
 ];
 
+type Environment = Record<string, string | undefined>;
+
+export interface Options {
+  register?: boolean | undefined;
+  login?: boolean | undefined;
+}
+
 /** What there is to begin with, and what the checks have found for those after them. */
-interface Found {
+interface Found extends Options {
   serverUrl: string;
   issuer: string;
   /** AUTH0_CLIENT_ID and AUTH0_CLIENT_SECRET. */
   id: string | undefined;
   secret: string | undefined;
-  register: boolean;
-  login: boolean;
+  openBrowser: (url: string) => void | Promise<void>;
+  print: (text: string) => void;
+  /** What is hidden wherever it is quoted. */
+  secrets: Set<string>;
   answer?: Response;
   resource?: schemas.OAuthProtectedResourceMetadata;
   tenant?: schemas.OAuthMetadata;
@@ -352,7 +366,7 @@ async function startCallback() {
 
 const registerClient: Run = async (found) => {
   const metadata = need(found.tenant, "the tenant");
-  print(`This creates the application "${CLIENT_NAME}" in ${found.issuer}: delete it afterwards.`);
+  found.print(`This creates the application "${CLIENT_NAME}" in ${found.issuer}: delete it afterwards.`);
   found.callback = await startCallback();
   const clientMetadata = {
     client_name: CLIENT_NAME,
@@ -372,7 +386,7 @@ const registerClient: Run = async (found) => {
     if (!isOff || !metadata.client_id_metadata_document_supported) throw error;
     throw new CannotTell("off, and CIMD is on: whether ChatGPT's URL is imported shows only there");
   }
-  keepSecret(found.client.client_secret);
+  hide(found, found.client.client_secret);
   return `on, client id ${found.client.client_id}`;
 };
 
@@ -399,7 +413,7 @@ const openSignInPage: Run = async (found) => {
     state,
     resource: found.serverUrl,
   });
-  keepSecret(authorization.codeVerifier);
+  hide(found, authorization.codeVerifier);
   const said = await browse(authorization.authorizationUrl);
   if (findCause(said, found)) throw new Error(said);
   found.authorization = authorization; // even so, a browser may get further
@@ -434,34 +448,28 @@ async function browse(url: URL): Promise<string> {
 
 // -------------------------------------------------------------------------------------- tokens and tools
 
-function keep({ access_token, refresh_token, id_token }: schemas.OAuthTokens, token: Token): void {
-  keepSecret(access_token, refresh_token, id_token);
+function keep(found: Found, { access_token, refresh_token, id_token }: schemas.OAuthTokens, token: Token) {
+  hide(found, access_token, refresh_token, id_token);
   token.text = access_token;
 }
 
-const requestToken: Run = async ({ id, secret, tenant, issuer, serverUrl }, token) => {
+const requestToken: Run = async (found, token) => {
+  const { id, secret, tenant, serverUrl: audience } = found;
   if (!id) throw new Error("AUTH0_CLIENT_ID is not set");
   if (!secret) throw new Error("AUTH0_CLIENT_SECRET is not set");
-  const provider = new ClientCredentialsProvider({
-    clientId: id,
-    clientSecret: secret,
-    expectedIssuer: issuer,
-  });
   // For this grant Auth0 wants its own `audience` in place of RFC 8707's `resource`.
-  provider.prepareTokenRequest = () =>
-    new URLSearchParams({ grant_type: "client_credentials", audience: serverUrl });
-  // What the dashboard sets for such an application; Auth0 advertises others too.
-  const token_endpoint_auth_methods_supported = ["client_secret_post"];
-  const metadata = { ...need(tenant, "the tenant"), token_endpoint_auth_methods_supported };
-  keep(await oauth.fetchToken(provider, issuer, { metadata, fetchFn: askForSuccess }), token);
+  const request = { grant_type: "client_credentials", client_id: id, client_secret: secret, audience };
+  const { token_endpoint } = need(tenant, "the tenant");
+  const answer = await askForSuccess(token_endpoint, { method: "POST", body: new URLSearchParams(request) });
+  keep(found, schemas.OAuthTokensSchema.parse(await answer.json()), token);
   return `issued to ${id}`;
 };
 
 const signIn: Run = async (found) => {
   const { authorizationUrl } = need(found.authorization, "the sign-in page");
   const { query } = need(found.callback, "a client");
-  print(`Open this in a browser, within ${SIGN_IN_MINUTES} minutes:\n\n${authorizationUrl}\n`);
-  openBrowser(authorizationUrl.href);
+  found.print(`Open this in a browser, within ${SIGN_IN_MINUTES} minutes:\n\n${authorizationUrl}\n`);
+  await found.openBrowser(authorizationUrl.href);
   const answer = await Promise.race([query, delay(SIGN_IN_MINUTES * 60_000, undefined, { ref: false })]);
   if (answer === undefined) throw new CannotTell(`nobody came back within ${SIGN_IN_MINUTES} minutes`);
   const code = answer.get("code");
@@ -469,21 +477,9 @@ const signIn: Run = async (found) => {
     const said = `${answer.get("error")}: ${answer.get("error_description")}`;
     throw findCause(said, found) ? new Error(said) : new CannotTell(said); // the user may have declined
   }
-  keepSecret(found.code = code);
+  hide(found, found.code = code);
   return "done";
 };
-
-/** A convenience: where there is no browser, the printed URL has to do. */
-function openBrowser(url: string): void {
-  const commands: Partial<Record<NodeJS.Platform, [string, ...string[]]>> = {
-    darwin: ["open"],
-    win32: ["rundll32", "url.dll,FileProtocolHandler"], // `start` is the shell's, which splits a URL at each `&`
-  };
-  const [command, ...args] = commands[process.platform] ?? ["xdg-open"];
-  const browser = spawn(command, [...args, url], { stdio: "ignore", detached: true });
-  browser.on("spawn", () => browser.unref());
-  browser.on("error", () => {});
-}
 
 const grantOptions = ({ tenant, client, serverUrl }: Found) => ({
   metadata: need(tenant, "the tenant"),
@@ -499,7 +495,7 @@ const exchangeCode: Run = async (found, token) => {
     codeVerifier: need(found.authorization, "the sign-in").codeVerifier,
     redirectUri: need(found.callback, "the sign-in").url,
   });
-  keep(found.grant, token);
+  keep(found, found.grant, token);
   return "issued";
 };
 
@@ -529,12 +525,12 @@ const refresh: Run = async (found, token) => {
   const { refresh_token: refreshToken } = need(found.grant, "a token");
   if (refreshToken === undefined) throw new Error("found none, expected one");
   const renewed = await oauth.refreshAuthorization(found.issuer, { ...grantOptions(found), refreshToken });
-  keep(renewed, token);
+  keep(found, renewed, token);
   return renewed.refresh_token === refreshToken ? "works" : "works, and is rotated";
 };
 
 /** As the server itself checks them. */
-const verifyClaims: Run = async ({ issuer, serverUrl }, token) => {
+const verifyClaims: Run = async ({ issuer, serverUrl, print }, token) => {
   const authenticate = createAuthenticator({ issuer, audience: serverUrl, warn: print });
   token.caller = await authenticate(`Bearer ${need(token.jwt, "a JWT")}`);
   const { exp, ...claims } = token.caller.claims;
@@ -579,24 +575,14 @@ const getProfile: Run = async (_, { mcp }) => {
 
 // ---------------------------------------------------------------------------------------------- the run
 
-const secrets = new Set<string>();
-
-function keepSecret(...texts: (string | undefined)[]): void {
+function hide({ secrets }: Pick<Found, "secrets">, ...texts: (string | undefined)[]): void {
   for (const text of texts) if (text) secrets.add(text);
 }
 
 /** Leaves secrets out, whoever has quoted them, and terminal codes: words come from outside. */
-function clean(text: string): string {
+function clean(text: string, secrets: Set<string>): string {
   const hidden = [...secrets].reduce((rest, secret) => rest.replaceAll(secret, "(hidden)"), text);
   return hidden.replace(/[^\P{Cc}\n]/gu, "?");
-}
-
-function print(text: string): void {
-  console.log(clean(text));
-}
-
-function printCheck(status: string, step: number, found: string): void {
-  print(`${status.padEnd(13)}Step ${step}  ${found.replaceAll("\n", `\n${" ".repeat(21)}`)}`);
 }
 
 /** @returns The step that is missing, if one is. */
@@ -605,10 +591,17 @@ async function perform(
   found: Found,
   token: Token,
 ) {
+  function printCheck(status: string, step: number, text: string): void {
+    found.print(`${status.padEnd(13)}Step ${step}  ${text.replaceAll("\n", `\n${" ".repeat(21)}`)}`);
+  }
   try {
     printCheck("ok", step, `${what}: ${await run(found, token)}`);
   } catch (error) {
-    const said = clean(`${what}: ${error instanceof Error ? error.message : error}`).slice(0, 700);
+    // Cleaned before it is cut, or half a secret would be left.
+    const said = clean(`${what}: ${error instanceof Error ? error.message : error}`, found.secrets).slice(
+      0,
+      700,
+    );
     if (error instanceof CannotTell) return printCheck("cannot tell", step, said);
     const [causingStep, mend, where] = findCause(said, found) ?? [step, remedy, heading];
     const [, named = causingStep] = /README Step (\d)/.exec(said) ?? []; // as auth.ts says it
@@ -617,19 +610,33 @@ async function perform(
   }
 }
 
-/** @returns The exit status. */
-async function main(): Promise<number> {
-  try {
-    process.loadEnvFile();
-  } catch {
-    // No .env: the environment alone, then.
-  }
-  const { values } = parseArgs({ options: { register: { type: "boolean" }, login: { type: "boolean" } } });
-  const { login = false, register = login } = values;
-  const { AUTH0_CLIENT_ID: id, AUTH0_CLIENT_SECRET: secret } = process.env;
-  keepSecret(secret);
-  const { serverUrl, issuer } = readSettings(process.env);
-  const found: Found = { serverUrl, issuer, id, secret, register, login };
+/**
+ * @param env AUTH0_DOMAIN and MCP_SERVER_URL as the server reads them, and what else `HELP` names.
+ * @param print Takes a line, or several.
+ * @param openBrowser Shows the user a page. Where it cannot, the URL that was printed has to do.
+ * @returns The exit status.
+ * @throws {Error} What is wrong with the environment, in the server's words.
+ */
+export async function doctor(
+  env: Environment,
+  { login, register = login }: Options,
+  print: (text: string) => void,
+  openBrowser: Found["openBrowser"],
+): Promise<number> {
+  const { AUTH0_CLIENT_ID: id, AUTH0_CLIENT_SECRET: secret } = env;
+  const { serverUrl, issuer } = readSettings(env);
+  const found: Found = {
+    serverUrl,
+    issuer,
+    id,
+    secret,
+    register,
+    login,
+    openBrowser,
+    print: (text) => print(clean(text, found.secrets)),
+    secrets: new Set(),
+  };
+  hide(found, secret);
 
   const missing: number[] = [];
   for (const [title, checks] of sections(found)) {
@@ -651,7 +658,37 @@ async function main(): Promise<number> {
   return first === undefined ? 0 : 1;
 }
 
-process.exitCode = await main().catch((error: unknown) => {
-  console.error(error instanceof Error ? error.message : error);
-  return 1;
-});
+/** A convenience: where there is no browser, the printed URL has to do. */
+function openBrowser(url: string): void {
+  const commands: Partial<Record<NodeJS.Platform, [string, ...string[]]>> = {
+    darwin: ["open"],
+    win32: ["rundll32", "url.dll,FileProtocolHandler"], // `start` is the shell's, which splits a URL at each `&`
+  };
+  const [command, ...args] = commands[process.platform] ?? ["xdg-open"];
+  const browser = spawn(command, [...args, url], { stdio: "ignore", detached: true });
+  browser.on("spawn", () => browser.unref());
+  browser.on("error", () => {});
+}
+
+async function main(): Promise<number> {
+  const { values: { help, ...options } } = parseArgs({
+    options: { register: { type: "boolean" }, login: { type: "boolean" }, help: { type: "boolean" } },
+  });
+  if (help) {
+    console.log(HELP);
+    return 0;
+  }
+  try {
+    process.loadEnvFile();
+  } catch {
+    // No .env: the environment alone, then.
+  }
+  return await doctor(process.env, options, console.log, openBrowser);
+}
+
+if (process.argv[1] !== undefined && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
+  process.exitCode = await main().catch((error: unknown) => {
+    console.error(error instanceof Error ? error.message : error);
+    return 1;
+  });
+}
