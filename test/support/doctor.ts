@@ -9,10 +9,10 @@ import { text } from "node:stream/consumers";
 import type { TestContext } from "node:test";
 import { createServer } from "../../server.ts";
 import { doctor } from "../run/doctor.ts";
-import type { Options } from "../run/doctor.ts";
+import type { Options } from "./checks.ts";
 import { startServer } from "./server.ts";
 import { ALICE, configuredTenant, signIn, startTenant } from "./tenant.ts";
-import type { Tenant } from "./tenant.ts";
+import type { TenantKind } from "./tenant.ts";
 
 const README = readFileSync(new URL("../../README.md", import.meta.url), "utf8");
 
@@ -86,13 +86,18 @@ export function startBehindTunnel(t: TestContext, intercept: Intercept) {
   });
 }
 
-/** Gives the tenant another address, where some requests are answered otherwise than by the stand-in. */
-export async function startTenantFront(
+/** The same where the tenant answers some requests otherwise than the stand-in does. */
+export async function startWithTenantThat(
   t: TestContext,
-  tenant: Tenant,
-  intercept: Intercept,
-  rewrite: (body: string) => string = (body) => body,
-): Promise<string> {
+  { kind = "permissive", intercept = () => false, rewrite = (body) => body }: {
+    kind?: TenantKind;
+    intercept?: Intercept;
+    /** Changes the headers in place, and returns the body. */
+    rewrite?: (body: string, headers: Headers) => string;
+  },
+) {
+  const tenant = await startTenant();
+  t.after(() => tenant.close());
   const inner = tenant.origin;
   const front = createHttpServer(async (request, response) => {
     const body = await text(request);
@@ -104,7 +109,9 @@ export async function startTenantFront(
       headers: { "content-type": headers["content-type"] ?? "" },
       ...(method === "POST" && { body }),
     });
-    response.writeHead(reply.status, Object.fromEntries(reply.headers)).end(rewrite(await reply.text()));
+    const sent = new Headers(reply.headers);
+    const rewritten = rewrite(await reply.text(), sent);
+    response.writeHead(reply.status, Object.fromEntries(sent)).end(rewritten);
   });
   await once(front.listen(0, "127.0.0.1"), "listening");
   t.after(() => {
@@ -113,7 +120,10 @@ export async function startTenantFront(
   });
   const origin = `http://localhost:${(front.address() as AddressInfo).port}`;
   Object.defineProperty(tenant, "origin", { value: origin }); // it is the issuer, too
-  return origin;
+  const server = await startServer({ AUTH0_DOMAIN: origin });
+  t.after(() => server.close());
+  Object.assign(tenant.settings, configuredTenant(kind, server.url));
+  return { tenant, env: environment(origin, server.url) };
 }
 
 export function sendPage(
