@@ -2,6 +2,9 @@
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
+import { mkdtemp, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { test } from "node:test";
 import { assertMissing, runDoctor, sendPage, start, startBehindTunnel, statusOf } from "./support/doctor.ts";
@@ -141,17 +144,17 @@ test("tools that do not answer are named one by one", async (t) => {
   );
 });
 
-test("the command line names settings as the server does, explains itself, and knows its options", async () => {
-  const [bare, help, unknown] = await Promise.all([
-    runCommand(),
-    runCommand("--help"),
-    runCommand("--brake"),
-  ]);
+test("the command line reads the server's .env, explains itself, and knows its options", async (t) => {
+  const directory = await mkdtemp(join(tmpdir(), "doctor-"));
+  t.after(() => rm(directory, { recursive: true }));
+  await writeFile(join(directory, ".env"), "\uFEFFPORT=4001\r\nLOG_LEVEL=loud\r\n");
+  const run = (...args: string[]) => runCommand(directory, ...args);
+  const [bare, help, unknown] = await Promise.all([run(), run("--help"), run("--brake")]);
   assert.equal(bare.status, 1);
-  assert.equal(bare.stdout, "");
+  assert.match(bare.stdout, /^PORT: .*4002.*\n$/); // which differs from the environment's
   assert.match(
     bare.stderr,
-    /^AUTH0_DOMAIN is missing: it must be .*\nMCP_SERVER_URL is missing: it must be /,
+    /^AUTH0_DOMAIN is missing: .*\nMCP_SERVER_URL is missing: .*\nLOG_LEVEL is 'loud'/,
   );
   assert.equal(help.status, 0);
   for (const option of ["--register", "--login", "--client", "--help"]) {
@@ -161,10 +164,10 @@ test("the command line names settings as the server does, explains itself, and k
   assert.match(unknown.stderr, /^Unknown option '--brake'.*\n$/);
 });
 
-/** Runs the doctor as a user does: a process of its own, where no .env and no browser lies. */
-async function runCommand(...args: string[]) {
+/** Runs the doctor as a user does: a process of its own, where no browser lies. */
+async function runCommand(cwd: string, ...args: string[]) {
   const command = [...RUNTIME_FLAGS, `${import.meta.dirname}/run/doctor.ts`, ...args];
-  const child = spawn(process.execPath, command, { cwd: import.meta.dirname, env: { PATH: "" } });
+  const child = spawn(process.execPath, command, { cwd, env: { PATH: "", PORT: "4002" } });
   const [stdout, stderr, [status]] = await Promise.all([
     text(child.stdout),
     text(child.stderr),

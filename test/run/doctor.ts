@@ -4,7 +4,7 @@ import { randomUUID } from "node:crypto";
 import { realpathSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
-import { readSettings } from "../../server.ts";
+import { readEnvironment, readSettings } from "../../server.ts";
 import * as checks from "../support/checks.ts";
 import { CannotTell, findCause, hide } from "../support/checks.ts";
 import type { Found, Options, Run, Token } from "../support/checks.ts";
@@ -253,12 +253,9 @@ async function main(): Promise<number> {
     console.log(HELP);
     return 0;
   }
-  try {
-    process.loadEnvFile();
-  } catch {
-    // No .env: the environment alone, then.
-  }
-  return await doctor(process.env, options, console.log, openBrowser);
+  const { env, differences } = readEnvironment();
+  for (const line of differences) console.log(line);
+  return await doctor(env, options, console.log, openBrowser);
 }
 
 if (process.argv[1] !== undefined && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {

@@ -558,7 +558,7 @@ export const refresh: Run = async (found, token) => {
 export const verifyClaims: Run = async ({ issuer, serverUrl, print, hasRightIssuer, keys }, token) => {
   need(hasRightIssuer, "the issuer");
   need(keys, "the signing keys");
-  const authenticate = createAuthenticator({ issuer, audience: serverUrl, warn: print });
+  const authenticate = createAuthenticator({ issuer, url: serverUrl, name: "", scopes: [] }, print);
   token.caller = await authenticate(`Bearer ${need(token.jwt, "a JWT")}`);
   const { exp, ...claims } = token.caller.claims;
   const lines = Object.entries({ ...claims, exp: new Date(Number(exp) * 1000).toISOString() })
