@@ -236,7 +236,7 @@ async function demonstrate(kind: TenantKind, broken: Break | undefined): Promise
         mcpServerUrl: setup.environment.MCP_SERVER_URL ?? "",
         browser: (authorizeUrl) => signIn(authorizeUrl, user),
         oidcEnabled: setup.oidcEnabled,
-        clientMetadataUrl: clientMetadata.url,
+        clientDocuments: clientMetadata,
         observe: (hop) => hop.number >= fromHop && print(hop),
       });
     const failure = await useTheTools(connectorOf).then(() => undefined, (error: unknown) => error);
