@@ -115,7 +115,13 @@ const MACHINE: Check[] = [
 
 const USER: Check[] = [
   [3, "sign-in", checks.signIn, "Read Monitoring → Logs", OOPS],
-  [2, "issuer of the answer", checks.compareAnswer, "ChatGPT would refuse it", REGISTRATION],
+  [
+    2,
+    "issuer of the answer",
+    checks.compareAnswer,
+    "Let proxies pass it on, or switch it off",
+    "The answer names no issuer",
+  ],
   [1, "token", checks.exchangeCode, "Set the Default Permissions", "API Settings"],
   [2, "kind of token", checks.expectJwt, "Set the Default Audience"],
   [7, "ID token", checks.tellIdToken, ""],

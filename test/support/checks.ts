@@ -347,14 +347,11 @@ export const tellCimd: Run = (found) =>
 
 // ------------------------------------------------------------------------------------------- the client
 
-/** A client's document lies at its id and names its callbacks; a fixed application's have to hold ChatGPT's. */
+/** A client's document is at its id and names its callbacks; a fixed application has to allow both of ChatGPT's. */
 export const useClient: Run = async (found) => {
   const { client = "", tenant } = found;
-  if (!URL.canParse(client)) {
-    const { callback } = addressesOfChatGpt(found);
-    if (callback !== STABLE.callback) throw new CannotTell(`not checked: ChatGPT's callback is ${callback}`);
-    found.callback = callback;
-  } else {
+  found.callback = STABLE.callback;
+  if (URL.canParse(client)) {
     if (!need(tenant, "the tenant").client_id_metadata_document_supported) throw new Error("CIMD is off");
     const { redirect_uris: [callback] } = await readDocument(client, schemas.OAuthClientMetadataSchema);
     found.callback = need(callback, "a callback in the document");
@@ -401,7 +398,7 @@ export const registerClient: Run = async (found) => {
   } catch (error) {
     const isOff = /registration.*(disabled|not enabled)/i.test(reason(error));
     if (!isOff || !metadata.client_id_metadata_document_supported) throw error;
-    throw new CannotTell("off, and CIMD needs none: --client looks at the document of ChatGPT's");
+    throw new CannotTell("off, and CIMD needs none: --client looks at ChatGPT's document");
   }
 };
 
