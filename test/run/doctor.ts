@@ -89,7 +89,13 @@ const REGISTRATION = "Enable client registration";
 const OOPS = "Oops!, something went wrong";
 
 const NEW_CLIENT: Check[] = [
-  [2, "registration", checks.registerClient, "Switch it on, or name yours with --client", REGISTRATION],
+  [
+    2,
+    "registration",
+    checks.registerClient,
+    "Switch it on where ChatGPT registers itself, else pass --client",
+    REGISTRATION,
+  ],
   [2, "kind of client", checks.tellKind, ""],
   [3, "sign-in page", checks.openSignInPage, "Read Monitoring → Logs", OOPS],
 ];
