@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import type { TestContext } from "node:test";
 import { publishClientMetadata } from "./support/chatgpt.ts";
-import type { Options } from "./support/checks.ts";
+import type { Options } from "./run/doctor.ts";
 import {
   assertMissing,
   runDoctor,

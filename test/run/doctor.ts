@@ -7,7 +7,7 @@ import { parseArgs } from "node:util";
 import { readEnvironment, readSettings } from "../../server.ts";
 import * as checks from "../support/checks.ts";
 import { CannotTell, findCause, hide } from "../support/checks.ts";
-import type { Found, Options, Run, Token } from "../support/checks.ts";
+import type { Found, Run, Token } from "../support/checks.ts";
 
 const HELP = `Usage: npm run doctor -- [--register | --login | --client ID]
 
@@ -24,6 +24,13 @@ Reads the server's environment, and AUTH0_CLIENT_ID and AUTH0_CLIENT_SECRET of S
 Prints one line a check: ok, missing, or cannot tell where an earlier check failed or the answer does not show
 from outside. Exits with 1 if something is missing. Tokens, codes and secrets are never printed.`;
 
+export interface Options {
+  register?: boolean | undefined;
+  login?: boolean | undefined;
+  /** Id of a client that is there already: nothing is registered then. */
+  client?: string | undefined;
+}
+
 /** The remedy stands in the README under `heading`, or else under the step. */
 type Check = [step: number, what: string, run: Run, remedy: string, heading?: string];
 type Section = [title: string, checks: Check[]];
@@ -31,33 +38,11 @@ type Section = [title: string, checks: Check[]];
 const SERVER: Check[] = [
   [0, "server", checks.reachServer, "Start the server and the tunnel"],
   [0, "HTTPS", checks.expectHttps, "ChatGPT calls from the internet: open a tunnel"],
-  [
-    0,
-    "call without a token",
-    checks.expect401,
-    "Compare the path of MCP_SERVER_URL with the running server's",
-  ],
-  [
-    0,
-    "challenge",
-    checks.readChallenge,
-    "A proxy changes it, or the server's MCP_SERVER_URL differs",
-    "Deploy",
-  ],
-  [
-    0,
-    "metadata",
-    checks.readMetadata,
-    "Route /.well-known/oauth-protected-resource to the server too",
-    "Deploy",
-  ],
-  [0, "resource", checks.compareResource, "The running server has another MCP_SERVER_URL: restart it"],
-  [
-    0,
-    "authorization server",
-    checks.compareTenant,
-    "The running server has another AUTH0_DOMAIN: restart it",
-  ],
+  [0, "call without a token", checks.expect401, "Compare MCP_SERVER_URL with the running server's"],
+  [0, "challenge", checks.readChallenge, "A proxy or another MCP_SERVER_URL changes it", "Deploy"],
+  [0, "metadata", checks.readMetadata, "Route /.well-known/ to the server too", "Deploy"],
+  [0, "resource", checks.compareResource, "The server has another MCP_SERVER_URL: restart it"],
+  [0, "authorization server", checks.compareTenant, "The server has another AUTH0_DOMAIN: restart it"],
   [0, "caches", checks.expectNoCache, "Switch caching off for this host", "Deploy"],
   [0, "Origin and CORS", checks.callAsBrowser, "A proxy answers in the server's place", "Deploy"],
   [0, "bot rules", checks.callAsHosts, "Let both through", "403 from a bot rule"],
@@ -66,21 +51,9 @@ const SERVER: Check[] = [
 const TENANT: Check[] = [
   [0, "discovery", checks.readDiscovery, "Compare AUTH0_DOMAIN with the tenant's domain"],
   [0, "clock", checks.compareClock, "Set this machine's clock", "401 after a good login"],
-  [
-    0,
-    "issuer",
-    checks.compareIssuer,
-    "Set AUTH0_DOMAIN to the domain users sign in at",
-    "401 after a good login",
-  ],
+  [0, "issuer", checks.compareIssuer, "AUTH0_DOMAIN must be where users sign in", "401 after a good login"],
   [0, "PKCE", checks.expectS256, "AUTH0_DOMAIN must lead to Auth0 itself"],
-  [
-    0,
-    "signing keys",
-    checks.readSigningKeys,
-    "The server has to reach them as well",
-    "503 Service Unavailable",
-  ],
+  [0, "signing keys", checks.readSigningKeys, "The server must reach them, too", "503 Service Unavailable"],
   [2, "issuer identification", checks.tellIssuerIdentification, ""],
   [2, "CIMD", checks.tellCimd, ""],
 ];
@@ -89,13 +62,7 @@ const REGISTRATION = "Enable client registration";
 const OOPS = "Oops!, something went wrong";
 
 const NEW_CLIENT: Check[] = [
-  [
-    2,
-    "registration",
-    checks.registerClient,
-    "Switch it on where ChatGPT registers itself, else pass --client",
-    REGISTRATION,
-  ],
+  [2, "registration", checks.registerClient, "Pass --client with yours, or switch it on", REGISTRATION],
   [2, "kind of client", checks.tellKind, ""],
   [3, "sign-in page", checks.openSignInPage, "Read Monitoring → Logs", OOPS],
 ];
@@ -121,13 +88,7 @@ const MACHINE: Check[] = [
 
 const USER: Check[] = [
   [3, "sign-in", checks.signIn, "Read Monitoring → Logs", OOPS],
-  [
-    2,
-    "issuer of the answer",
-    checks.compareAnswer,
-    "Let proxies pass it on, or switch it off",
-    "The answer names no issuer",
-  ],
+  [2, "issuer of the answer", checks.compareAnswer, "Let proxies pass it on", "The answer names no issuer"],
   [1, "token", checks.exchangeCode, "Set the Default Permissions", "API Settings"],
   [2, "kind of token", checks.expectJwt, "Set the Default Audience"],
   [7, "ID token", checks.tellIdToken, ""],
@@ -141,7 +102,7 @@ const skip = (step: number, why: string): Check[] => [
 ];
 
 /** Every check, in the order in which the steps fail in the field. */
-const sections = ({ register, login, client, id, secret }: Found): Section[] => [
+const sections = ({ register, login, client }: Options, { id, secret }: Found): Section[] => [
   ["The server, from outside", SERVER],
   ["The tenant", TENANT],
   client ? ["A client that is there", GIVEN_CLIENT] : [
@@ -209,8 +170,6 @@ export async function doctor(
     issuer,
     id,
     secret,
-    register,
-    login,
     client,
     openBrowser,
     print: (text) => print(clean(text, found.secrets)),
@@ -221,7 +180,7 @@ export async function doctor(
   hide(found, secret);
 
   const missing: number[] = [];
-  for (const [title, list] of sections(found)) {
+  for (const [title, list] of sections({ register, login, client }, found)) {
     print(`\n${title}`);
     const token: Token = {};
     for (const check of list) {

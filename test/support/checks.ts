@@ -29,18 +29,13 @@ const PER_CONNECTION = {
 /** Says what it has found, and keeps it for the checks after it. Throws what is missing, or `CannotTell`. */
 export type Run = (found: Found, token: Token) => string | Promise<string>;
 
-export interface Options {
-  register?: boolean | undefined;
-  login?: boolean | undefined;
-  /** Id of a client that is there already: nothing is registered then. */
-  client?: string | undefined;
-}
-
 /** What there is to begin with, and what the checks have found for those after them. */
-export interface Found extends Options {
+export interface Found {
   serverUrl: string;
   port: number;
   issuer: string;
+  /** Of `Options`. */
+  client: string | undefined;
   /** AUTH0_CLIENT_ID and AUTH0_CLIENT_SECRET. */
   id: string | undefined;
   secret: string | undefined;
@@ -53,11 +48,8 @@ export interface Found extends Options {
   /** Of the authorization request, so that no other answer is taken. */
   state: string;
   answer?: Response;
-  /** The same, where it is the right one. */
-  challenge?: Response;
   resource?: schemas.OAuthProtectedResourceMetadata;
   tenant?: schemas.OAuthMetadata;
-  hasRightIssuer?: true;
   /** How many signing keys can be used. */
   keys?: number;
   clientInformation?: { client_id: string };
@@ -65,7 +57,6 @@ export interface Found extends Options {
   listener?: Awaited<ReturnType<typeof listenForAnswer>>;
   authorization?: { authorizationUrl: URL; codeVerifier: string };
   signedIn?: URLSearchParams;
-  code?: string;
   grant?: schemas.OAuthTokens;
 }
 
@@ -204,18 +195,15 @@ export const expectHttps: Run = ({ serverUrl, issuer }) => {
   throw new Error(`found ${serverUrl}, expected https`);
 };
 
-export const expect401: Run = (found) => {
-  const answer = need(found.answer, "the server");
-  compare(String(answer.status), "401");
-  found.challenge = answer;
-  return "401";
-};
+export const expect401: Run = ({ answer }) => compare(String(need(answer, "the server").status), "401");
+
+const need401 = ({ answer }: Found) => need(answer?.status === 401 ? answer : undefined, "the 401");
 
 /** Without a token there is no error to name (RFC 6750 §3.1), and some hosts start no sign-in where one is named. */
-export const readChallenge: Run = ({ challenge, serverUrl }) => {
-  const { resourceMetadataUrl, error } = oauth.extractWWWAuthenticateParams(need(challenge, "the 401"));
+export const readChallenge: Run = (found) => {
+  const { resourceMetadataUrl, error } = oauth.extractWWWAuthenticateParams(need401(found));
   if (error !== undefined) throw new Error(`found error="${error}", expected none`);
-  return compare(resourceMetadataUrl?.href, metadataUrl(serverUrl));
+  return compare(resourceMetadataUrl?.href, metadataUrl(found.serverUrl));
 };
 
 export const readMetadata: Run = async (found) => {
@@ -249,8 +237,9 @@ export const expectNoCache: Run = async ({ resource, serverUrl }) => {
 /** Clients that run in a browser ask first whether they may send these, as revision 2026-07-28 of MCP wants them. */
 const BROWSER_HEADERS = "authorization,content-type,mcp-method,mcp-name,mcp-protocol-version";
 
-export const callAsBrowser: Run = async ({ challenge, serverUrl }) => {
-  need(challenge, "the 401");
+export const callAsBrowser: Run = async (found) => {
+  need401(found);
+  const { serverUrl } = found;
   const origin = "https://chatgpt.com";
   const preflight = await ask(serverUrl, {
     method: "OPTIONS",
@@ -272,14 +261,14 @@ export const callAsBrowser: Run = async ({ challenge, serverUrl }) => {
 };
 
 /** Rules against bots turn away the hosts of ChatGPT and Claude, while curl and this doctor pass. */
-export const callAsHosts: Run = async ({ challenge, serverUrl }) => {
-  need(challenge, "the 401");
+export const callAsHosts: Run = async (found) => {
+  need401(found);
   const agents = ["openai-mcp", "Claude-User"];
-  const found = await Promise.all(agents.map(async (agent) => {
-    const answer = await call(serverUrl, { "user-agent": agent });
+  const said = await Promise.all(agents.map(async (agent) => {
+    const answer = await call(found.serverUrl, { "user-agent": agent });
     return answer.status === 401 ? "" : `${agent} gets ${answer.status} ${await quote(answer)}`;
   }));
-  const refused = found.filter(Boolean).join(", ");
+  const refused = said.filter(Boolean).join(", ");
   if (refused !== "") throw new Error(`${refused}, expected 401 as for others`);
   return `${agents.join(" and ")} get the same answer`;
 };
@@ -305,12 +294,7 @@ export const compareClock: Run = async ({ tenant, issuer }) => {
   return "right";
 };
 
-export const compareIssuer: Run = (found) => {
-  const { tenant, issuer } = found;
-  compare(need(tenant, "the tenant").issuer, issuer);
-  found.hasRightIssuer = true;
-  return issuer;
-};
+export const compareIssuer: Run = ({ tenant, issuer }) => compare(need(tenant, "the tenant").issuer, issuer);
 
 export const expectS256: Run = ({ tenant }) => {
   const methods = need(tenant, "the tenant").code_challenge_methods_supported ?? [];
@@ -486,7 +470,7 @@ export const signIn: Run = async (found) => {
     const said = `${answer.get("error")}: ${answer.get("error_description")}`;
     throw findCause(said, found) ? new Error(said) : new CannotTell(said); // the user may have declined
   }
-  hide(found, found.code = code);
+  hide(found, code);
   return "done";
 };
 
@@ -507,7 +491,7 @@ const grantOptions = ({ tenant, clientInformation, serverUrl }: Found) => ({
 export const exchangeCode: Run = async (found, token) => {
   found.grant = await oauth.exchangeAuthorization(found.issuer, {
     ...grantOptions(found),
-    authorizationCode: need(found.code, "the sign-in"),
+    authorizationCode: need(found.signedIn?.get("code") ?? undefined, "the sign-in"),
     codeVerifier: need(found.authorization, "the sign-in").codeVerifier,
     redirectUri: need(found.callback, "the sign-in"),
   });
@@ -552,8 +536,8 @@ export const refresh: Run = async (found, token) => {
 };
 
 /** As the server itself checks them. */
-export const verifyClaims: Run = async ({ issuer, serverUrl, print, hasRightIssuer, keys }, token) => {
-  need(hasRightIssuer, "the issuer");
+export const verifyClaims: Run = async ({ issuer, serverUrl, print, tenant, keys }, token) => {
+  need(tenant?.issuer === issuer || undefined, "the issuer");
   need(keys, "the signing keys");
   const authenticate = createAuthenticator({ issuer, url: serverUrl, name: "", scopes: [] }, print);
   token.caller = await authenticate(`Bearer ${need(token.jwt, "a JWT")}`);

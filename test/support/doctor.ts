@@ -9,7 +9,7 @@ import { text } from "node:stream/consumers";
 import type { TestContext } from "node:test";
 import { createServer } from "../../server.ts";
 import { doctor } from "../run/doctor.ts";
-import type { Options } from "./checks.ts";
+import type { Options } from "../run/doctor.ts";
 import { startServer } from "./server.ts";
 import { ALICE, configuredTenant, signIn, startTenant } from "./tenant.ts";
 import type { TenantKind } from "./tenant.ts";
