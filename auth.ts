@@ -80,9 +80,7 @@ export function metadataUrl(resourceUrl: string): string {
  */
 export function challenge({ url, scopes }: ProtectedResource, error: Record<string, string> = {}): string {
   const parameters = { ...error, resource_metadata: metadataUrl(url), scope: scopes.join(" ") };
-  return `Bearer ${
-    Object.entries(parameters).map(([name, text]) => `${name}="${quotable(text)}"`).join(", ")
-  }`;
+  return `Bearer ${Object.entries(parameters).map(([name, text]) => `${name}="${quotable(text)}"`).join(", ")}`;
 }
 
 /** RFC 6750 §3 allows printable ASCII without quotes and backslashes. */
@@ -186,16 +184,13 @@ function toCaller(subject: string, payload: JWTPayload): Caller {
 
 // ------------------------------------------------------------------------------------ what a refusal means
 
-const ENCRYPTED =
-  "Token is encrypted (a JWE of 5 parts), which no API can read: Auth0 did not know for which API " +
+const ENCRYPTED = "Token is encrypted (a JWE of 5 parts), which no API can read: Auth0 did not know for which API " +
   "it was. Set the Default Audience, README Step 2";
-const OPAQUE =
-  "Token is opaque, not a JWT: Auth0 issued it for no API. Set the Default Audience, README Step 2";
+const OPAQUE = "Token is opaque, not a JWT: Auth0 issued it for no API. Set the Default Audience, README Step 2";
 const OTHER_TYPE = "Token is of another type: expected typ JWT or at+jwt. Send the access token";
 const NO_SUBJECT = "Token has no subject: the sub claim must be a non-empty string";
 const MALFORMED = "Token is malformed: it has three parts as a JWT does, but they cannot be read as one";
-const OTHER_KEY =
-  "Token is signed with a key that AUTH0_DOMAIN does not publish: it comes from another tenant, or " +
+const OTHER_KEY = "Token is signed with a key that AUTH0_DOMAIN does not publish: it comes from another tenant, or " +
   "from before a key was revoked. Compare AUTH0_DOMAIN, README Step 0";
 
 /** jose's codes of errors that are the token's own fault. All other errors mean that no key could be had. */
