@@ -234,6 +234,7 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
     if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { headers: { Allow: "POST" } });
     const message = readMessage(await readJson(request));
     checkProtocolVersion(request, message);
+    signal.throwIfAborted();
 
     const server = createMcpServer(caller, store);
     const transport = new PostTransport();
