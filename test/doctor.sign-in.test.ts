@@ -4,14 +4,7 @@ import { test } from "node:test";
 import type { TestContext } from "node:test";
 import { publishClientMetadata } from "./support/chatgpt.ts";
 import type { Options } from "./run/doctor.ts";
-import {
-  assertMissing,
-  runDoctor,
-  sendPage,
-  start,
-  startWithTenantThat,
-  statusOf,
-} from "./support/doctor.ts";
+import { assertMissing, runDoctor, sendPage, start, startWithTenantThat, statusOf } from "./support/doctor.ts";
 import type { Intercept, Report } from "./support/doctor.ts";
 import { configuredTenant, FIXED_CLIENT } from "./support/tenant-settings.ts";
 
@@ -76,9 +69,7 @@ test("a sign-in page behind a redirect and a cookie is found", async (t) => {
       return true;
     }
     if (!url.startsWith("/u/login")) return false;
-    return headers.cookie === "did=1"
-      ? sendPage(response, 200, "<h1>Log in</h1>")
-      : sendPage(response, 400, OOPS);
+    return headers.cookie === "did=1" ? sendPage(response, 200, "<h1>Log in</h1>") : sendPage(response, 400, OOPS);
   });
   assertMissing(report);
   assert.equal(statusOf(report, /sign-in page: opens/), "ok");

@@ -1,17 +1,12 @@
 /** `npm run doctor` against tenants: each kind, each setting of the guide left out, and Auth0's ways of refusing. */
 import assert from "node:assert/strict";
 import { after, before, beforeEach, describe, test } from "node:test";
-import {
-  assertMissing,
-  environment,
-  runDoctor,
-  start,
-  startWithTenantThat,
-  statusOf,
-} from "./support/doctor.ts";
+import { assertMissing, environment, runDoctor, start, startWithTenantThat, statusOf } from "./support/doctor.ts";
 import type { Environment } from "./support/doctor.ts";
+import { MANAGEMENT_SCOPES } from "./support/management.ts";
 import { freePort, startServer } from "./support/server.ts";
 import type { RunningServer } from "./support/server.ts";
+import { TOKEN } from "./support/setup.ts";
 import { ALICE, configuredTenant, signIn, startTenant } from "./support/tenant.ts";
 import type { Tenant, TenantKind } from "./support/tenant.ts";
 
@@ -63,7 +58,7 @@ const LEFT_OUT: {
     missing: [
       [1, /sign-in page: .*Service not found: http\S+\/mcp .*README, "Service not found"/],
     ],
-    follows: /token: as above at "sign-in page", Service not found/,
+    follows: /token: .*Service not found: http\S+\/mcp As above at "sign-in page"/,
   },
   {
     settings: "the Identifier of the API, with the Default Audience wrong likewise",
@@ -98,8 +93,7 @@ const LEFT_OUT: {
   {
     settings: "Default Permissions",
     kinds: ["strict"],
-    leaveOut: (settings) =>
-      settings.apis.forEach((api) => delete api.defaultPermissionsForThirdPartyApplications),
+    leaveOut: (settings) => settings.apis.forEach((api) => delete api.defaultPermissionsForThirdPartyApplications),
     missing: [[1, /sign-in page: .*Client "tpc_\w+" is not authorized to access .*Default Permissions/]],
   },
   {
@@ -207,7 +201,7 @@ for (const kind of KINDS) {
         const report = await runDoctor(env, { register: true });
         assertMissing(report);
         assert.equal(statusOf(report, /CIMD: advertised/), "ok");
-        assert.equal(statusOf(report, /registration: off, and CIMD needs none/), "cannot tell");
+        assert.equal(statusOf(report, /registration: off, and the way cimd needs none/), "cannot tell");
         assert.equal(statusOf(report, /sign-in page: not checked/), "cannot tell");
       });
 
@@ -294,5 +288,36 @@ describe("between the doctor and the tenant", () => {
       0,
       /clock: found 12\d s between the tenant's and this/,
     ]);
+  });
+});
+
+describe("with AUTH0_MANAGEMENT_TOKEN", () => {
+  const managed = { managementTokens: { [TOKEN]: MANAGEMENT_SCOPES } };
+
+  test("the settings come first, and what they cause refers to them", async (t) => {
+    const { env, tenant } = await start(t);
+    Object.assign(tenant.settings, managed, { defaultAudience: "" });
+    const report = await runDoctor({ ...env, AUTH0_MANAGEMENT_TOKEN: TOKEN }, { login: true });
+    assertMissing(report, [2, /Default Audience: none → http\S+\/mcp.* npm run setup -- --apply does it/]);
+    assert.match(report.output, /^\nThe tenant's settings\. The tenant is permissive\. The way is register/);
+    assert.equal(statusOf(report, /kind of token: found an encrypted one .*As above at "Step 2"/), "cannot tell");
+    assert.equal(statusOf(report, /Dynamic Client Registration: on/), "ok");
+    assert.ok(!report.output.includes(TOKEN));
+  });
+
+  test("a way that needs no registration is not told that it is off", async (t) => {
+    const { env, tenant, url } = await start(t);
+    Object.assign(tenant.settings, configuredTenant("strict", url, "fixed"), managed);
+    const report = await runDoctor({ ...env, AUTH0_MANAGEMENT_TOKEN: TOKEN }, { register: true });
+    assertMissing(report);
+    assert.equal(statusOf(report, /registration: off, and the way fixed needs none/), "cannot tell");
+  });
+
+  test("a token that Auth0 refuses leaves the rest as it is without one", async (t) => {
+    const { env } = await start(t);
+    const report = await runDoctor({ ...env, AUTH0_MANAGEMENT_TOKEN: "of-yesterday" }, { login: true });
+    assertMissing(report);
+    assert.equal(statusOf(report, /not checked: Auth0 refuses AUTH0_MANAGEMENT_TOKEN/), "cannot tell");
+    assert.ok(!report.output.includes("of-yesterday"));
   });
 });

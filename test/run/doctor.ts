@@ -2,12 +2,17 @@
 import { spawn } from "node:child_process";
 import { randomUUID } from "node:crypto";
 import { realpathSync } from "node:fs";
+import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
+import { reason } from "../../auth.ts";
 import { readEnvironment, readSettings } from "../../server.ts";
 import * as checks from "../support/checks.ts";
 import { CannotTell, findCause, hide } from "../support/checks.ts";
 import type { Found, Run, Token } from "../support/checks.ts";
+import { plan } from "../support/guide.ts";
+import { ManagementClient } from "../support/management-client.ts";
+import { look } from "./setup.ts";
 
 const HELP = `Usage: npm run doctor -- [--register | --login | --client ID]
 
@@ -19,7 +24,8 @@ Looks at the tenant and at the running server from outside, and names the step o
                 or a document of ChatGPT's (https://chatgpt.com/oauth/...)
   --help        show this
 
-Reads the server's environment, and AUTH0_CLIENT_ID and AUTH0_CLIENT_SECRET of Step 6 where they are set.
+Reads the server's environment, and where they are set: AUTH0_CLIENT_ID and AUTH0_CLIENT_SECRET of Step 6, and
+AUTH0_MANAGEMENT_TOKEN, with which it begins with what npm run setup shows.
 
 Prints one line a check: ok, missing, or cannot tell where an earlier check failed or the answer does not show
 from outside. Exits with 1 if something is missing. Tokens, codes and secrets are never printed.`;
@@ -116,6 +122,31 @@ const sections = ({ register, login, client }: Options, { id, secret }: Found): 
   ["A user's token", login ? USER : skip(7, "npm run doctor -- --login signs you in and looks")],
 ];
 
+/** What `npm run setup` shows, in the doctor's words. */
+async function lookInside(token: string, found: Found): Promise<Section> {
+  const title = "The tenant's settings";
+  try {
+    const auth0 = new ManagementClient(found.issuer, token, delay, found.print);
+    const { about, way, settings } = await plan(auth0, { serverUrl: found.serverUrl });
+    found.way = way;
+    const lines = await look(settings);
+    return [
+      `${title}. ${about}`,
+      lines.map((line) => [
+        line.step,
+        line.what,
+        () => {
+          if (line.status === "ok") return line.found;
+          throw new Error(line.status === "to do" ? `${line.found} → ${line.will}` : line.found);
+        },
+        line.status === "by hand" ? line.how : "npm run setup -- --apply does it",
+      ]),
+    ];
+  } catch (error) {
+    return [title, skip(1, reason(error))];
+  }
+}
+
 /** Leaves secrets out, whoever has quoted them, and terminal codes: words come from outside. */
 function clean(text: string, secrets: Set<string>): string {
   const hidden = [...secrets].reduce((rest, secret) => rest.replaceAll(secret, "(hidden)"), text);
@@ -141,8 +172,8 @@ async function perform(
     const [causingStep, mend, where] = cause ?? [step, remedy, heading];
     const [, named = causingStep] = /README Step (\d)/.exec(said) ?? []; // as auth.ts says it
     const known = cause ? mend : said;
-    const earlier = found.causes.get(known);
-    if (earlier) return printCheck("cannot tell", step, `${what}: as above at "${earlier}", ${where}`);
+    const earlier = found.causes.get(known) ?? found.causes.get(`Step ${named}`);
+    if (earlier) return printCheck("cannot tell", Number(named), `${said}\nAs above at "${earlier}"`);
     found.causes.set(known, what);
     printCheck("missing", Number(named), `${said}\n${mend}. README, "${where}"`);
     return Number(named);
@@ -163,6 +194,7 @@ export async function doctor(
   openBrowser: Found["openBrowser"],
 ): Promise<number> {
   const { AUTH0_CLIENT_ID: id, AUTH0_CLIENT_SECRET: secret } = env;
+  const managementToken = env.AUTH0_MANAGEMENT_TOKEN?.trim();
   const { serverUrl, issuer, port } = readSettings(env);
   const found: Found = {
     serverUrl,
@@ -177,11 +209,11 @@ export async function doctor(
     causes: new Map(),
     state: randomUUID(),
   };
-  hide(found, secret);
+  hide(found, secret, managementToken);
 
   const missing: number[] = [];
-  for (const [title, list] of sections({ register, login, client }, found)) {
-    print(`\n${title}`);
+  async function performAll([title, list]: Section): Promise<void> {
+    found.print(`\n${title}`);
     const token: Token = {};
     for (const check of list) {
       const step = await perform(check, found, token);
@@ -189,6 +221,12 @@ export async function doctor(
     }
     await token.mcp?.close();
   }
+  if (managementToken) {
+    await performAll(await lookInside(managementToken, found));
+    // All settings of these steps have been looked at: what is seen of them from outside has its cause among them.
+    for (const step of missing) found.causes.set(`Step ${step}`, `Step ${step}`);
+  }
+  for (const section of sections({ register, login, client }, found)) await performAll(section);
   found.listener?.close();
   const [first] = missing;
   print(

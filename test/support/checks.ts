@@ -11,6 +11,7 @@ import { decodeProtectedHeader } from "jose";
 import { z } from "zod";
 import { createAuthenticator, metadataUrl, reason } from "../../auth.ts";
 import type { Caller } from "../../auth.ts";
+import type { Way } from "./guide.ts";
 
 const TIMEOUT_MS = 10_000;
 const SIGN_IN_MINUTES = 5;
@@ -41,6 +42,8 @@ export interface Found {
   secret: string | undefined;
   openBrowser: (url: string) => void | Promise<void>;
   print: (text: string) => void;
+  /** How ChatGPT becomes a client, where that is known. */
+  way?: Way;
   /** What is hidden wherever it is quoted. */
   secrets: Set<string>;
   /** What `missing` was said of, by its cause. */
@@ -381,8 +384,9 @@ export const registerClient: Run = async (found) => {
     return `on. It created the application "${CLIENT_NAME}", ${client.client_id}: delete it afterwards`;
   } catch (error) {
     const isOff = /registration.*(disabled|not enabled)/i.test(reason(error));
-    if (!isOff || !metadata.client_id_metadata_document_supported) throw error;
-    throw new CannotTell("off, and CIMD needs none: --client looks at ChatGPT's document");
+    const way = found.way ?? (metadata.client_id_metadata_document_supported ? "cimd" : "register");
+    if (!isOff || way === "register") throw error;
+    throw new CannotTell(`off, and the way ${way} needs none: look with --client at ChatGPT's client`);
   }
 };
 
