@@ -55,7 +55,7 @@ interface Context extends Wish {
 export async function plan(
   auth0: ManagementClient,
   wish: Wish,
-): Promise<{ about: string; settings: Setting[] }> {
+): Promise<{ about: string; way: Way; settings: Setting[] }> {
   const tenant = await readTenant(auth0);
   const clients = await readClients(auth0);
   const kind = tenant.dynamic_client_registration_security_mode ?? "of a kind that it does not say";
@@ -87,6 +87,7 @@ export async function plan(
     isNeeded ? [{ step, what, read: () => read(context) }] : [];
   return {
     about: `The tenant is ${kind}. The way is ${way}, ${why}.`,
+    way,
     settings: [
       setting(1, "API", lookAtApi),
       setting(1, "Default Permissions", lookAtDefaultPermissions, needsGrant),
