@@ -139,8 +139,7 @@ describe("Auth0's errors are one line", () => {
 
   test("a change that Auth0 takes and does not make", async () => {
     reset(tenant);
-    tenant.beforeManagement = (request, answer) =>
-      isWrite(request) ? Promise.resolve(Response.json({})) : answer();
+    tenant.beforeManagement = (request, answer) => isWrite(request) ? Promise.resolve(Response.json({})) : answer();
     const { status, output } = await runSetup(tenant, { ...REGISTER, ...APPLY });
     assert.equal(status, 1);
     assert.match(output, /\nAPI: Auth0 took the change, and still says none with this Identifier$/);
@@ -182,9 +181,7 @@ describe("A limited rate is waited for", () => {
     const record = tenant.beforeManagement;
     let turn = 0;
     tenant.beforeManagement = (request, answer) =>
-      ++turn % 2
-        ? Promise.resolve(Response.json({ message: "Too many" }, { status: 429 }))
-        : record(request, answer);
+      ++turn % 2 ? Promise.resolve(Response.json({ message: "Too many" }, { status: 429 })) : record(request, answer);
     assert.equal((await runSetup(tenant, { ...REGISTER, ...APPLY })).status, 0);
     assert.equal(requests.filter(isWrite).length, 7);
   });

@@ -18,8 +18,7 @@ describe("What is there already is not overwritten, but said, with the choice", 
     "a Default Audience of another API": {
       change: () => tenant.settings.defaultAudience = "https://other.example.com/",
       line: "by hand: 2 Default Audience",
-      said:
-        /https:\/\/other\.example\.com\/, on which other applications may depend Take a tenant of its own/,
+      said: /https:\/\/other\.example\.com\/, on which other applications may depend Take a tenant of its own/,
     },
     "an Action of the same name with other code": {
       change: () => {
@@ -32,9 +31,7 @@ describe("What is there already is not overwritten, but said, with the choice", 
     },
     "Default Permissions with other scopes": {
       change: () =>
-        tenant.settings.apis.forEach((api) =>
-          api.defaultPermissionsForThirdPartyApplications = ["tasks:read"]
-        ),
+        tenant.settings.apis.forEach((api) => api.defaultPermissionsForThirdPartyApplications = ["tasks:read"]),
       line: "by hand: 1 Default Permissions",
       said: /tasks:read, where tasks:read tasks:write is needed .* take another MCP_SERVER_URL/,
     },
@@ -165,8 +162,7 @@ describe("Of several connections", () => {
     reset(tenant, configuredTenant("strict", SERVER_URL));
     tenant.settings.connections = connections.map((connection) => ({ ...connection }));
   };
-  const promoted = () =>
-    tenant.settings.connections.filter(({ domainLevel }) => domainLevel).map(({ name }) => name);
+  const promoted = () => tenant.settings.connections.filter(({ domainLevel }) => domainLevel).map(({ name }) => name);
 
   test("none is promoted without being named", async () => {
     several();

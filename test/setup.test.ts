@@ -107,7 +107,7 @@ describe("A new tenant", () => {
     const accepted = await runSetup(tenant, { way: "register", apply: true }, { ask: ask(true) });
     assert.equal(accepted.status, 0, accepted.output);
     assert.equal(accepted.lines.filter(({ mark }) => mark === "done").length, 5);
-    assert.match(questions[0] ?? "", /Change http:\/\/localhost:\d+\/ as shown, .*\? \[y\/N\]/);
+    assert.match(questions[0] ?? "", /Do what is to do, in http:\/\/localhost:\d+\/\? \[y\/N\]/);
   });
 
   test("is not changed where nobody can be asked", async () => {

@@ -32,8 +32,7 @@ Only ever adds: a value that is there, and on which another application may depe
 again after a failure: it goes on with what is left. Exits with 0 when nothing is left to do, with 1 otherwise. The
 token is neither printed nor kept.`;
 
-const NO_TOKEN =
-  "AUTH0_MANAGEMENT_TOKEN is missing: copy it from Auth0 Dashboard → Applications → APIs → Auth0 " +
+const NO_TOKEN = "AUTH0_MANAGEMENT_TOKEN is missing: copy it from Auth0 Dashboard → Applications → APIs → Auth0 " +
   "Management API → API Explorer, and put it into .env";
 
 export interface Options {
@@ -70,8 +69,7 @@ export async function setup(
   const { issuer, serverUrl } = readSettings(env);
   const token = env.AUTH0_MANAGEMENT_TOKEN?.trim() ?? "";
   // Names and messages come from outside: neither the token nor terminal codes are printed with them.
-  const say = (text: string) =>
-    print(text.replaceAll(token || "\0", "(hidden)").replace(/[^\P{Cc}\n]/gu, "?"));
+  const say = (text: string) => print(text.replaceAll(token || "\0", "(hidden)").replace(/[^\P{Cc}\n]/gu, "?"));
   try {
     const { connection, document, apply, yes } = options;
     const way = WAYS.find((one) => one === options.way);
@@ -96,7 +94,7 @@ export async function setup(
       say(`\n${toDo} to do, ${left.length - toDo} by hand.${hint}`);
       return 1;
     }
-    if (!yes && !await ask?.(`\nChange ${issuer} as shown, down to the first line that is by hand? [y/N] `)) {
+    if (!yes && !await ask?.(`\nDo what is to do, in ${issuer}? [y/N] `)) {
       say("Nothing was changed.");
       return 1;
     }
@@ -135,11 +133,7 @@ async function applyAll(settings: Setting[], say: (text: string) => void): Promi
 }
 
 function describe({ step, what, ...state }: Line, mark: string = state.status): string {
-  const more = state.status === "to do"
-    ? ` → ${state.will}`
-    : state.status === "by hand"
-    ? `\n${state.how}`
-    : "";
+  const more = state.status === "to do" ? ` → ${state.will}` : state.status === "by hand" ? `\n${state.how}` : "";
   const text = `${what}: ${state.found}${more}`;
   return `${mark.padEnd(9)}Step ${step}  ${text.replaceAll("\n", `\n${" ".repeat(17)}`)}`;
 }

@@ -118,7 +118,7 @@ const Api = z.object({
   id: z.string(),
   signing_alg: z.string().nullish(),
   allow_offline_access: z.boolean().nullish(),
-  token_encryption: z.unknown(),
+  token_encryption: z.unknown().optional(),
   scopes: z.array(z.object({ value: z.string(), description: z.string().optional() })).nullish(),
   enforce_policies: z.boolean().nullish(),
   subject_type_authorization: z.object({ user: z.object({ policy: z.string().nullish() }).nullish() })
@@ -155,8 +155,7 @@ async function lookAtApi(context: Context): Promise<State> {
     policyOf(api) === "deny_all" && "lets no application call it on behalf of a user",
   ].filter(Boolean);
   if (obstacles.length > 0) {
-    const how =
-      "Where no other application depends on that, change it: Applications → APIs → your API → Settings";
+    const how = "Where no other application depends on that, change it: Applications → APIs → your API → Settings";
     return byHand(`it ${obstacles.join("; ")}`, `${how}. ${OTHERWISE}`);
   }
   const scopes = api.scopes ?? [];
@@ -278,7 +277,12 @@ const Client = z.object({
   grant_types: z.array(z.string()).nullish(),
 });
 
-const readClients = (auth0: ManagementClient) => auth0.list("clients?is_global=false", Client);
+/** All of them, without their secrets and keys. */
+const readClients = (auth0: ManagementClient) =>
+  auth0.list(
+    "clients?is_global=false&fields=client_secret,signing_keys,encryption_key&include_fields=false",
+    Client,
+  );
 
 async function lookAtDocument({ auth0, document }: Context): Promise<State> {
   const clients = await readClients(auth0);
@@ -307,7 +311,7 @@ const Connection = z.object({
 });
 
 async function lookAtConnections({ auth0, connection: wanted }: Context): Promise<State> {
-  const all = await auth0.list("connections", Connection);
+  const all = await auth0.list("connections?fields=options&include_fields=false", Connection);
   const candidates = all.filter(({ name }) => wanted === undefined || name === wanted);
   const promoted = candidates.filter((connection) => connection.is_domain_connection);
   if (promoted.length > 0) return ok(promoted.map(({ name }) => name).join(", "));
@@ -335,6 +339,8 @@ const Action = z.object({
   name: z.string().nullish(),
   code: z.string().nullish(),
   status: z.string().nullish(),
+  /** Whether there is nothing newer than what is deployed. */
+  all_changes_deployed: z.boolean().nullish(),
   deployed_version: z.object({ code: z.string().nullish() }).nullish(),
 });
 
@@ -351,21 +357,17 @@ async function lookAtAction({ auth0 }: Context): Promise<State> {
   const all = await auth0.list("actions/actions?triggerId=post-login", Action);
   const action = all.find((one) => isOurs(one.code)) ?? all.find(({ name }) => name === ACTION_NAME);
   if (action && !isOurs(action.code)) {
-    const how =
-      "Compare the two under Actions → Library: paste the file in its place, or give it another name";
+    const how = "Compare the two under Actions → Library: paste the file in its place, or give it another name";
     return byHand(`"${ACTION_NAME}" is there, with other code than auth0-action.js`, how);
   }
   const name = action?.name ?? ACTION_NAME;
-  const isDeployed = isOurs(action?.deployed_version?.code);
+  const deployed = action?.deployed_version;
+  const isDeployed = deployed?.code ? isOurs(deployed.code) : deployed && action?.all_changes_deployed === true;
   const isInFlow = action &&
     (await auth0.list(FLOW, Binding)).some((binding) => binding.action?.id === action.id);
   if (isDeployed && isInFlow) return ok(`"${name}" is deployed and in the post-login flow`);
 
-  const found = !action
-    ? "none"
-    : isDeployed
-    ? `"${name}" is not in the post-login flow`
-    : `"${name}" is not deployed`;
+  const found = !action ? "none" : isDeployed ? `"${name}" is not in the post-login flow` : `"${name}" is not deployed`;
   return toDo(found, `"${name}" deployed, and last in the post-login flow`, async () => {
     const { id } = action ?? Action.parse(
       await auth0.send("POST", "actions/actions", {

@@ -267,6 +267,7 @@ function updateTenant({ settings, body }: Call): Answer {
 
 function listClients({ settings, query }: Call): Answer {
   const documentUrl = query.get("external_client_id");
+  const hidden = query.get("include_fields") === "false" ? query.get("fields")?.split(",") ?? [] : [];
   const clients = settings.applications
     .filter(({ externalClientId }) => documentUrl === null || externalClientId === documentUrl)
     .map((application) => ({
@@ -275,6 +276,7 @@ function listClients({ settings, query }: Call): Answer {
       is_first_party: application.party === "first-party",
       ...(application.party !== "first-party" && { third_party_security_mode: application.party }),
       ...(application.externalClientId && { external_client_id: application.externalClientId }),
+      ...(!hidden.includes("client_secret") && { client_secret: application.clientSecret }),
       callbacks: application.callbackUrls,
       grant_types: application.grantTypes,
     }));
@@ -283,8 +285,7 @@ function listClients({ settings, query }: Call): Answer {
 
 async function importClient({ settings, body, importFromUrl }: Call): Promise<Answer> {
   const { external_client_id: url } = z.strictObject({ external_client_id: z.url() }).parse(body);
-  const find = (): Application | undefined =>
-    settings.applications.find((one) => one.externalClientId === url);
+  const find = (): Application | undefined => settings.applications.find((one) => one.externalClientId === url);
   const known = find();
   if (!settings.clientIdMetadataDocumentRegistration) {
     throw new ManagementError(
@@ -326,8 +327,7 @@ function listConnections({ settings, query }: Call): Answer {
 function updateConnection({ settings, id, body }: Call): Answer {
   const connection = settings.connections.find(({ name }) => `con_${name}` === id);
   if (!connection) throw new ManagementError(404, "inexistent_connection", "The connection does not exist");
-  connection.domainLevel =
-    z.strictObject({ is_domain_connection: z.boolean() }).parse(body).is_domain_connection;
+  connection.domainLevel = z.strictObject({ is_domain_connection: z.boolean() }).parse(body).is_domain_connection;
   return [describeConnection(connection)];
 }
 
@@ -369,6 +369,7 @@ const describeAction = ({ id, name, code, deployedCode, building = 0 }: StoredAc
   code,
   supported_triggers: [{ id: "post-login", version: "v3" }],
   status: building > 0 ? "pending" : "built",
+  all_changes_deployed: code === deployedCode,
   ...(deployedCode !== undefined && { deployed_version: { code: deployedCode, deployed: true } }),
 });
 
