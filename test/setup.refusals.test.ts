@@ -79,8 +79,8 @@ describe("What is there already is not overwritten, but said, with the choice", 
     assert.equal(tenant.settings.connections[0]?.domainLevel, false);
   });
 
-  test("the answer counts that is there when the person says yes, not the one that was shown", async () => {
-    reset(tenant);
+  test("what is there when the person says yes counts, not what was shown before", async () => {
+    reset(tenant, configuredTenant("permissive", SERVER_URL, "register", "default-audience"));
     const ask = () => {
       tenant.settings.defaultAudience = "https://other.example.com/";
       return Promise.resolve(true);
