@@ -1,6 +1,6 @@
 /** `npm run setup`: shows what Steps 1 to 5 of the README still need on a tenant, and does it, as `HELP` says. */
 import { realpathSync } from "node:fs";
-import { createInterface } from "node:readline";
+import { createInterface } from "node:readline/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
@@ -159,9 +159,9 @@ async function main(): Promise<number> {
 }
 
 async function askOnTerminal(question: string): Promise<boolean> {
-  process.stdout.write(question);
-  for await (const line of createInterface(process.stdin)) return /^y(es)?$/i.test(line.trim());
-  return false; // the input has ended
+  const terminal = createInterface({ input: process.stdin, output: process.stdout });
+  const answer = await terminal.question(question).finally(() => terminal.close());
+  return /^y(es)?$/i.test(answer.trim());
 }
 
 if (process.argv[1] !== undefined && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
