@@ -55,20 +55,20 @@ interface Break {
 const STEP_0 = "Step 0. Run the server behind a public URL";
 const STEP_1 = "Step 1. Create an API";
 const STEP_2 = "Step 2. Configure Default Audience";
-const STEP_2_REGISTRATION = `${STEP_2}, Enable client registration`;
+const REGISTRATION = "Enable client registration";
 const STEP_5 = "Step 5. Configure Callback URLs (optional)";
 
 const BREAKS: Record<string, Break> = {
   "registration": {
     about: "Dynamic Client Registration is off, as in a new tenant",
-    step: STEP_2_REGISTRATION,
+    step: REGISTRATION,
     kinds: ["permissive", "strict"],
     leaveOut: ({ tenant: { settings } }) => settings.dynamicClientRegistration = false,
     symptom: /Dynamic client registration is disabled/,
   },
   "application-limit": {
     about: "failed attempts have filled the tenant with applications",
-    step: STEP_2_REGISTRATION,
+    step: REGISTRATION,
     kinds: ["permissive", "strict"],
     leaveOut: ({ tenant: { settings } }) => settings.applicationLimit = settings.applications.length,
     symptom: /You reached the limit of entities of this type for this tenant/,
@@ -126,7 +126,7 @@ const BREAKS: Record<string, Break> = {
   },
   "cimd-import": {
     about: "the tenant takes client metadata documents, but ChatGPT's is not imported",
-    step: STEP_2_REGISTRATION,
+    step: REGISTRATION,
     kinds: ["permissive", "strict"],
     way: "cimd",
     leaveOut: ({ tenant: { settings } }) => settings.applications = [],
@@ -134,7 +134,7 @@ const BREAKS: Record<string, Break> = {
   },
   "issuer-response": {
     about: "the tenant promises iss with every answer, and does not send it",
-    step: STEP_2_REGISTRATION,
+    step: REGISTRATION,
     kinds: ["permissive", "strict"],
     leaveOut: ({ tenant }) => {
       tenant.settings.includeIssuerInAuthorizationResponses = true;
@@ -241,7 +241,9 @@ export async function demo(args: string[], print: Print, printError: Print = pri
     ...positionals,
     ...Object.keys(values).filter((name) => !["tenant", "break", "help"].includes(name)),
   ];
-  if (unknown.length > 0) return refuse(`Unknown argument: ${unknown.join(" ")}. --help lists the known ones`);
+  if (unknown.length > 0) {
+    return refuse(`Unknown argument: ${unknown.join(" ")}. --help lists the known ones`);
+  }
   if (values.help) {
     print(HELP);
     return 0;
@@ -281,7 +283,7 @@ async function demonstrate(
 ): Promise<number> {
   const way = broken?.way ?? "register";
   const tenant = await startTenant({ kind });
-  const clientDocuments = await publishClientMetadata();
+  const clientDocuments = way === "cimd" ? await publishClientMetadata() : undefined;
   const mcpServerUrl = `http://localhost:${await freePort()}/mcp`;
   Object.assign(tenant.settings, configuredTenant(kind, mcpServerUrl, way));
   const setup: Setup = {
@@ -301,21 +303,23 @@ async function demonstrate(
         mcpServerUrl: server.url,
         browser: (authorizeUrl) => signIn(authorizeUrl, user),
         oidcEnabled: setup.oidcEnabled,
-        ...(way === "cimd" && { clientDocuments }),
+        ...(clientDocuments && { clientDocuments }),
         ...(way === "fixed" && { fixedClient: FIXED_CLIENT, callbackId: FIXED_CALLBACK_ID }),
         observe: (hop) => hop.number >= fromHop && printHop(hop, print),
       });
     // An application made by hand can be prepared for a client that refreshes twice at once.
     const refreshes = way === "fixed" ? 2 : 1;
-    const failure = await useTheTools(connectorOf, refreshes, print).then(() => undefined, (error: unknown) =>
-      error);
+    const failure = await useTheTools(connectorOf, refreshes, print).then(
+      () => undefined,
+      (error: unknown) => error,
+    );
     if (broken) return explain(broken, failure, tenant, print);
     if (failure === undefined) return summarize(print);
     printError(String(failure instanceof Error ? failure.stack : failure));
     return 1;
   } finally {
     await server.close();
-    await clientDocuments.close();
+    await clientDocuments?.close();
     await tenant.close();
   }
 }
