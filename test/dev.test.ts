@@ -9,7 +9,11 @@ import { dev } from "./run/dev.ts";
 import { connect, Provider } from "./support/sdk-client.ts";
 import { freePort, post, RUNTIME_FLAGS } from "./support/server.ts";
 
-const ports = async () => ({ PORT: String(await freePort()), TENANT_PORT: String(await freePort()) });
+const environment = async () => ({
+  PORT: String(await freePort()),
+  TENANT_PORT: String(await freePort()),
+  LOG_LEVEL: "silent",
+});
 
 /** The value of `name` among the lines for `.env`. */
 function printed(name: string, output: string): string {
@@ -19,7 +23,7 @@ function printed(name: string, output: string): string {
 for (const kind of ["permissive", "strict"]) {
   test(`the SDK's client signs in with what is printed for a ${kind} tenant`, async (t) => {
     const lines: string[] = [];
-    t.after(await dev(["--tenant", kind], await ports(), (line) => lines.push(line)));
+    t.after(await dev(["--tenant", kind], await environment(), (line) => lines.push(line)));
     const output = lines.join("\n");
     const [, url = ""] = /The server is (\S+): give this URL/.exec(output) ?? [];
     const [, email = ""] = /sign in as\n +(\S+@\S+)$/m.exec(output) ?? [];
@@ -46,7 +50,7 @@ for (const kind of ["permissive", "strict"]) {
 
 test("the command line stays up, and a signal ends it with status 0", async () => {
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
-    const { child, output } = run([], await ports());
+    const { child, output } = run([], await environment());
     const [line] = await once(child.stdout, "data");
     assert.match(String(line), /^The server is http:\/\/localhost:\d+\/mcp: /);
     assert.ok(child.pid);
@@ -78,7 +82,7 @@ test("an unknown argument or tenant is refused, and --help says every option", a
   );
   const lines: string[] = [];
   await (await dev(["--help"], {}, (line) => lines.push(line)))();
-  for (const name of ["--tenant", "--help", "PORT", "TENANT_PORT"]) {
+  for (const name of ["--tenant", "--help", "PORT", "TENANT_PORT", "LOG_LEVEL"]) {
     assert.match(lines.join("\n"), new RegExp(`^  ${name} `, "m"));
   }
 });

@@ -105,7 +105,7 @@ async function openBrowser(t: TestContext) {
       input.write(`${JSON.stringify({ id, method, params, sessionId })}\0`);
     });
   const { targetId } = await send("Target.createTarget", { url: "about:blank" });
-  ({ sessionId } = await send("Target.attachToTarget", { targetId, flatten: true }));
+  sessionId = (await send("Target.attachToTarget", { targetId, flatten: true })).sessionId;
 
   /** Evaluates until the value is right: a page needs a moment to load. */
   async function look(expression: string, isRight: (value: unknown) => boolean): Promise<void> {

@@ -17,7 +17,8 @@ npm run dev -- OPTIONS
 
 Environment
   PORT             the server's port, 3000
-  TENANT_PORT      the tenant's port, 4000`;
+  TENANT_PORT      the tenant's port, 4000
+  LOG_LEVEL        what the server's log holds: silent, info, or debug (the default here)`;
 
 /**
  * Starts both.
@@ -28,7 +29,7 @@ Environment
  */
 export async function dev(
   args: string[],
-  { PORT = "3000", TENANT_PORT = "4000" }: Record<string, string | undefined>,
+  { PORT = "3000", TENANT_PORT = "4000", LOG_LEVEL = "debug" }: Record<string, string | undefined>,
   print: (line: string) => void,
 ): Promise<() => Promise<void>> {
   const { values } = parseArgs({
@@ -52,7 +53,7 @@ export async function dev(
   const server = await startServer({
     AUTH0_DOMAIN: tenant.origin,
     MCP_SERVER_URL: mcpServerUrl,
-    LOG_LEVEL: "debug",
+    LOG_LEVEL,
   }).catch(async (error: unknown) => {
     await tenant.close();
     throw error;
