@@ -374,6 +374,8 @@ test("a client whose document says private_key_jwt is believed with its own asse
     { ...good, client_assertion_type: "something-else" },
     await assertion(tenant, clientId, otherKey),
     await assertion(tenant, documentUrl("one"), privateKey),
+    { client_id: clientId, ...await assertion(tenant, documentUrl("one"), privateKey) },
+    await assertion(tenant, clientId, privateKey, { iss: documentUrl("one") }),
     await assertion(tenant, clientId, privateKey, { aud: "https://other.example/" }),
     await assertion(tenant, clientId, privateKey, { exp: 1 }),
     await assertion(tenant, clientId, privateKey, { jti: undefined }),
