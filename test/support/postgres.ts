@@ -13,6 +13,7 @@ import { tmpdir } from "node:os";
 import { delimiter, join } from "node:path";
 import { createInterface } from "node:readline";
 import type { Readable, Writable } from "node:stream";
+import pg from "pg";
 import { freePort } from "./server.ts";
 
 /** Debian's package leaves the server's programs out of PATH. */
@@ -32,6 +33,8 @@ const NOBODY = { uid: 65_534, gid: 65_534 };
 export interface Postgres {
   /** For DATABASE_URL. */
   url: string;
+  /** Makes an empty database beside it: its DATABASE_URL. */
+  newDatabase(): Promise<string>;
   /** Resolves when it takes connections. */
   start(): Promise<void>;
   /** Ends it as a crash would: what is not committed is lost. */
@@ -59,7 +62,17 @@ export async function startPostgres(): Promise<Postgres> {
     ...["--encoding", "UTF8", "--locale", "C", "--no-sync"],
   ], { ...options, stdio: "pipe" });
   execFileSync("openssl", [
-    ...["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"],
+    ...[
+      "req",
+      "-x509",
+      "-newkey",
+      "ec",
+      "-pkeyopt",
+      "ec_paramgen_curve:P-256",
+      "-nodes",
+      "-subj",
+      "/CN=localhost",
+    ],
     ...["-keyout", join(data, "server.key"), "-out", join(data, "server.crt")],
   ], { ...options, stdio: "pipe" });
 
@@ -98,8 +111,15 @@ export async function startPostgres(): Promise<Postgres> {
   }
 
   await start();
+  const url = `postgres://tasks:${password}@127.0.0.1:${port}/postgres`;
+  let databases = 0;
   return {
-    url: `postgres://tasks:${password}@127.0.0.1:${port}/postgres`,
+    url,
+    async newDatabase() {
+      const name = `database_${++databases}`;
+      await query(url, `CREATE DATABASE ${name}`);
+      return new URL(`/${name}`, url).href;
+    },
     start,
     kill,
     async close() {
@@ -107,4 +127,15 @@ export async function startPostgres(): Promise<Postgres> {
       await rm(directory, { recursive: true });
     },
   };
+}
+
+/** Runs a statement beside the store, over a connection of its own. */
+export async function query(url: string, statement: string): Promise<Record<string, unknown>[]> {
+  const client = new pg.Client(url);
+  await client.connect();
+  try {
+    return (await client.query(statement)).rows;
+  } finally {
+    await client.end();
+  }
 }
