@@ -14,6 +14,12 @@ export const RUNTIME_FLAGS = "Deno" in globalThis
   ? ["run", "-A"]
   : process.execArgv.filter((flag) => !flag.startsWith("--test"));
 
+/** For a test's `skip`: why there is no SQLite, or false. */
+export const noSqlite = await import("node:sqlite").then(
+  () => false as const,
+  () => "this runtime has no node:sqlite",
+);
+
 /** A port that is free now. MCP_SERVER_URL holds the port, so it has to be known before the server exists. */
 export async function freePort(): Promise<number> {
   const server = createNetServer().listen(0, "127.0.0.1");
