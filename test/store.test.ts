@@ -1,15 +1,16 @@
 /** The store's contract, the same in memory, on SQLite and on PostgreSQL; then the changes to its tables. */
 import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
-import { mkdtemp, rm } from "node:fs/promises";
+import { cp, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, afterEach, before, describe, mock, test } from "node:test";
+import { pathToFileURL } from "node:url";
 import { openTaskStore } from "../tools.ts";
 import type { Task, TaskStore } from "../tools.ts";
-import { noPostgres, startPostgres } from "./support/postgres.ts";
+import { noPostgres, queryOnce, startPostgres } from "./support/postgres.ts";
 import type { Postgres } from "./support/postgres.ts";
-import { noSqlite } from "./support/server.ts";
+import { freePort, noSqlite, spawnServer } from "./support/server.ts";
 
 let directory: string;
 let postgres: Postgres;
@@ -46,7 +47,8 @@ const stores = [
     name: "on SQLite",
     skip: noSqlite,
     overshoot: 0,
-    openTwo: () => Promise.all([open(`file:${directory}/tasks.db`), openAnother(`file:${directory}/tasks.db`)]),
+    openTwo: () =>
+      Promise.all([open(`file:${directory}/tasks.db`), openAnother(`file:${directory}/tasks.db`)]),
   },
   {
     name: "on PostgreSQL",
@@ -281,5 +283,114 @@ for (const { name, skip, overshoot, openTwo } of stores) {
     });
 
     test("can be asked whether it answers", () => store.check());
+  });
+}
+
+/** Databases that keep what is in them, each with a way to look into it beside the store. */
+const databases = [
+  {
+    name: "SQLite",
+    skip: noSqlite,
+    newUrl: () => Promise.resolve(`file:${directory}/${randomUUID()}.db`),
+    async run(url: string, statement: string): Promise<Record<string, unknown>[]> {
+      const { DatabaseSync } = await import("node:sqlite");
+      const database = new DatabaseSync(url.slice("file:".length));
+      const rows = database.prepare(statement).all();
+      database.close();
+      return rows;
+    },
+  },
+  { name: "PostgreSQL", skip: noPostgres, newUrl: () => postgres.newDatabase(), run: queryOnce },
+];
+
+/** The template as somebody makes it their own: with one more change of the tables. Its folder. */
+async function withChange(statements: string): Promise<string> {
+  const root = join(import.meta.dirname, "..");
+  const project = await mkdtemp(join(directory, "project-"));
+  await symlink(join(root, "node_modules"), join(project, "node_modules"));
+  for (const name of ["package.json", "auth.ts", "server.ts"]) {
+    await cp(join(root, name), join(project, name));
+  }
+  const tools = await readFile(join(root, "tools.ts"), "utf8");
+  const end = tools.indexOf("\n];", tools.indexOf("\nconst CHANGES = ["));
+  assert.ok(end > 0);
+  await writeFile(join(project, "tools.ts"), `${tools.slice(0, end)}\n  "${statements}",${tools.slice(end)}`);
+  return project;
+}
+
+for (const { name, skip, newUrl, run } of databases) {
+  describe(`the tables on ${name}`, { skip, concurrency: true }, () => {
+    const numbers = async (url: string) =>
+      (await run(url, "SELECT * FROM schema_changes")).map(Object.values);
+
+    test("made by an earlier state are given what they lack, once, by servers that start at once", async () => {
+      const url = await newUrl();
+      const store = await open(url);
+      const created = found(await store.create("owner", task("kept")));
+      await store.close();
+      const before = (await numbers(url)).length;
+
+      const project = await withChange("ALTER TABLE tasks ADD COLUMN colour TEXT");
+      const servers = await Promise.all(Array.from({ length: 3 }, async () =>
+        spawnServer(
+          {
+            AUTH0_DOMAIN: "tenant.example.auth0.com",
+            MCP_SERVER_URL: "https://mcp.example.com/mcp",
+            PORT: String(await freePort()),
+            DATABASE_URL: url,
+          },
+          project,
+          join(project, "server.ts"),
+        )));
+      for (const { ready, kill, exited, lines } of servers) {
+        await ready;
+        kill("SIGTERM");
+        assert.equal(await exited, 0, lines.join("\n"));
+      }
+      assert.equal((await numbers(url)).length, before + 1);
+      assert.deepEqual((await run(url, "SELECT id, colour FROM tasks")).map(Object.values), [[
+        created.id,
+        null,
+      ]]);
+
+      const earlier = await open(url); // goes on, as where a release is taken back
+      assert.deepEqual(await list(earlier, "owner"), [created]);
+      await earlier.close();
+    });
+
+    test("stay as they are where a change fails, which stops the start until it is mended", async () => {
+      const url = await newUrl();
+      await (await open(url)).close();
+      const [before, tasks] = [await numbers(url), await run(url, "SELECT * FROM tasks")];
+      const openWith = async (statements: string): Promise<TaskStore> => {
+        const { openTaskStore } = await import(
+          pathToFileURL(join(await withChange(statements), "tools.ts")).href
+        );
+        return openTaskStore(url, () => {});
+      };
+      const colour = "ALTER TABLE tasks ADD COLUMN colour TEXT";
+      await assert.rejects(
+        openWith(`${colour}; ALTER TABLE nowhere ADD COLUMN x TEXT`),
+        /DATABASE_URL: .*nowhere/,
+      );
+      assert.deepEqual([await numbers(url), await run(url, "SELECT * FROM tasks")], [before, tasks]);
+      await (await openWith(colour)).close();
+      assert.equal((await numbers(url)).length, before.length + 1);
+    });
+
+    test("of the template's first state stop the start, with a line that says so", async () => {
+      const url = await newUrl();
+      await run(
+        url,
+        `CREATE TABLE tasks (
+           id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL, notes TEXT, status TEXT NOT NULL, due_at TEXT,
+           created_at BIGINT NOT NULL, updated_at BIGINT NOT NULL, idempotency_key TEXT,
+           UNIQUE (owner, created_at), UNIQUE (owner, idempotency_key))`,
+      );
+      await run(url, "CREATE TABLE health (id INTEGER PRIMARY KEY, checked_at BIGINT NOT NULL)");
+      for (let start = 0; start < 2; start++) {
+        await assert.rejects(open(url), /^Error: DATABASE_URL: .*tables of an older template/);
+      }
+    });
   });
 }

@@ -26,7 +26,8 @@ function find(name: string): string | undefined {
 /** For a test's `skip`: which of these programs is missing, or false. With REQUIRE_POSTGRES=1 the test fails instead. */
 function missing(...names: string[]): string | false {
   const name = names.find((name) => find(name) === undefined);
-  return name !== undefined && process.env.REQUIRE_POSTGRES !== "1" && `no ${name} in ${directories.join(delimiter)}`;
+  return name !== undefined && process.env.REQUIRE_POSTGRES !== "1" &&
+    `no ${name} in ${directories.join(delimiter)}`;
 }
 
 export const noPostgres = missing("initdb", "postgres");
@@ -78,6 +79,8 @@ export interface Postgres {
   url: string;
   /** Makes an empty database beside it: its DATABASE_URL. */
   newDatabase(): Promise<string>;
+  /** Runs a statement there, over one connection of its own: to open one costs more than most statements. */
+  query(statement: string): Promise<Record<string, unknown>[]>;
   /** Resolves when it takes connections. */
   start(): Promise<void>;
   /** Ends it as a crash would: what is not committed is lost. */
@@ -117,17 +120,22 @@ export async function startPostgres(): Promise<Postgres> {
 
   await start();
   const url = `postgres://tasks:${password}@127.0.0.1:${port}/postgres`;
+  const pool = new pg.Pool({ connectionString: url, max: 1 });
+  pool.on("error", () => {}); // it was killed
+  const query = async (statement: string) => (await pool.query(statement)).rows;
   let databases = 0;
   return {
     url,
     async newDatabase() {
       const name = `database_${++databases}`;
-      await query(url, `CREATE DATABASE ${name}`);
+      await query(`CREATE DATABASE ${name}`);
       return new URL(`/${name}`, url).href;
     },
+    query,
     start,
     kill: () => kill(),
     async close() {
+      await pool.end();
       await kill();
       await rm(directory, { recursive: true });
     },
@@ -179,8 +187,8 @@ export async function startPgBouncer(
   };
 }
 
-/** Runs a statement beside the store, over a connection of its own. */
-export async function query(url: string, statement: string): Promise<Record<string, unknown>[]> {
+/** Runs a statement in a database, over a connection of its own. */
+export async function queryOnce(url: string, statement: string): Promise<Record<string, unknown>[]> {
   const client = new pg.Client(url);
   await client.connect();
   try {
