@@ -299,8 +299,15 @@ const databases = [
       database.close();
       return rows;
     },
+    slow: undefined, // no time-out of a call stops a statement here
   },
-  { name: "PostgreSQL", skip: noPostgres, newUrl: () => postgres.newDatabase(), run: queryOnce },
+  {
+    name: "PostgreSQL",
+    skip: noPostgres,
+    newUrl: () => postgres.newDatabase(),
+    run: queryOnce,
+    slow: "SELECT pg_sleep(3.5)",
+  },
 ];
 
 /** The template as somebody makes it their own: with one more change of the tables. Its folder. */
@@ -318,7 +325,13 @@ async function withChange(statements: string): Promise<string> {
   return project;
 }
 
-for (const { name, skip, newUrl, run } of databases) {
+async function openWith(url: string, statements: string): Promise<TaskStore> {
+  const tools = join(await withChange(statements), "tools.ts");
+  const { openTaskStore }: typeof import("../tools.ts") = await import(pathToFileURL(tools).href);
+  return openTaskStore(url, () => {});
+}
+
+for (const { name, skip, newUrl, run, slow } of databases) {
   describe(`the tables on ${name}`, { skip, concurrency: true }, () => {
     const numbers = async (url: string) =>
       (await run(url, "SELECT * FROM schema_changes")).map(Object.values);
@@ -362,20 +375,18 @@ for (const { name, skip, newUrl, run } of databases) {
       const url = await newUrl();
       await (await open(url)).close();
       const [before, tasks] = [await numbers(url), await run(url, "SELECT * FROM tasks")];
-      const openWith = async (statements: string): Promise<TaskStore> => {
-        const { openTaskStore } = await import(
-          pathToFileURL(join(await withChange(statements), "tools.ts")).href
-        );
-        return openTaskStore(url, () => {});
-      };
       const colour = "ALTER TABLE tasks ADD COLUMN colour TEXT";
       await assert.rejects(
-        openWith(`${colour}; ALTER TABLE nowhere ADD COLUMN x TEXT`),
+        openWith(url, `${colour}; ALTER TABLE nowhere ADD COLUMN x TEXT`),
         /DATABASE_URL: .*nowhere/,
       );
       assert.deepEqual([await numbers(url), await run(url, "SELECT * FROM tasks")], [before, tasks]);
-      await (await openWith(colour)).close();
+      await (await openWith(url, colour)).close();
       assert.equal((await numbers(url)).length, before.length + 1);
+    });
+
+    test("may take longer to change than a call may take", { skip: slow === undefined }, async () => {
+      await (await openWith(await newUrl(), slow ?? "")).close();
     });
 
     test("of the template's first state stop the start, with a line that says so", async () => {
