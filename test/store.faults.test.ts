@@ -300,9 +300,10 @@ describe("a file at fault", { ...onSqlite, concurrency: true }, () => {
   });
 });
 
-describe("servers on one file", { ...onSqlite, concurrency: true }, () => {
+describe("a server", { timeout, concurrency: true }, () => {
   test(
-    "two servers on one file, one killed in the middle of a burst, lose no task and double none",
+    "and another on one file, one of them killed in the middle of a burst, lose no task and double none",
+    onSqlite,
     async (t) => {
       const [ports, file] = [[await freePort(), await freePort()], newFile()];
       const start = (port: number) => startProcess(t, port, `file:${file}`);
@@ -310,10 +311,10 @@ describe("servers on one file", { ...onSqlite, concurrency: true }, () => {
       const users = await Promise.all(
         [ports, ports, ports, ports].flat().map((port) => newUser(port, "auth0|alice")),
       );
-      const titles = numbered(100);
+      const titles = numbered(60);
       let restarted: Promise<unknown> | undefined;
       const failures = await createAll(users, titles, (count) => {
-        if (count !== 30) return;
+        if (count !== 20) return;
         killed?.kill("SIGKILL");
         restarted = killed?.exited.then(() => start(ports[0] ?? 0));
       });
@@ -326,15 +327,16 @@ describe("servers on one file", { ...onSqlite, concurrency: true }, () => {
   );
 
   test(
-    "a server stopped and started again under load loses nothing",
+    "that is stopped and started again under load loses nothing",
+    onSqlite,
     async (t) => {
       const [port, file] = [await freePort(), newFile()];
       const stopped = await startProcess(t, port, `file:${file}`);
       const users = await Promise.all(numbered(8).map(() => newUser(port, "auth0|alice")));
-      const titles = numbered(100);
+      const titles = numbered(60);
       let restarted: Promise<unknown> | undefined;
       const failures = await createAll(users, titles, (count) => {
-        if (count !== 30) return;
+        if (count !== 20) return;
         stopped.kill("SIGTERM");
         restarted = stopped.exited.then(() => startProcess(t, port, `file:${file}`));
       });
@@ -345,7 +347,7 @@ describe("servers on one file", { ...onSqlite, concurrency: true }, () => {
     },
   );
 
-  test("a call in flight when the stop comes is answered", async (t) => {
+  test("answers a call that is in flight when the stop comes", onSqlite, async (t) => {
     const [port, file] = [await freePort(), newFile()];
     const server = await startProcess(t, port, `file:${file}`);
     const [user, other] = [await newUser(port), await newUser(port)];
@@ -360,10 +362,8 @@ describe("servers on one file", { ...onSqlite, concurrency: true }, () => {
     assert.equal((await created).title, "in flight");
     assert.equal(await server.exited, 0);
   });
-});
 
-describe("a server at fault", { timeout, concurrency: true }, () => {
-  test("whatever a store throws is a tool error that can be read", async (t) => {
+  test("makes whatever its store throws a tool error that can be read", async (t) => {
     const failure = new Error("SQL of /srv/tools.ts", { cause: new Error("secret") });
     const store: TaskStore = {
       list: () => {
@@ -388,7 +388,7 @@ describe("a server at fault", { timeout, concurrency: true }, () => {
     assert.deepEqual((await user.call("get_profile")).data, { id: user.subject });
   });
 
-  test("a promise that fails and that nobody awaited is a line in the log, and the server goes on", {
+  test("goes on after a promise that nobody awaited has failed, with a line in the log", {
     skip: noPreload,
   }, async (t) => {
     const port = await freePort();
@@ -401,7 +401,7 @@ describe("a server at fault", { timeout, concurrency: true }, () => {
   });
 
   test(
-    "an exception that nobody caught ends the server with its stack and status 1",
+    "ends with an exception that nobody caught, with its stack and status 1",
     { skip: noPreload },
     async (t) => {
       const server = await startWithFault(t, await freePort(), 'throw new Error("nobody catches this")');
@@ -411,7 +411,7 @@ describe("a server at fault", { timeout, concurrency: true }, () => {
     },
   );
 
-  test("a log that nobody reads any more harms nobody", async (t) => {
+  test("goes on when nobody reads its log any more", async (t) => {
     const port = await freePort();
     const server = spawn(process.execPath, [...RUNTIME_FLAGS, `${import.meta.dirname}/../server.ts`], {
       env: { PATH: process.env.PATH, ...environment(port, "memory:") },

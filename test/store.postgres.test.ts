@@ -339,7 +339,7 @@ describe("a store on PostgreSQL that forty users call", { skip: noPostgres, time
   test("leaves a database that is started again and again no connection too many", async () => {
     const store = await openTaskStore(named(url, "restarted"), () => {});
     await listMeanwhile(store, async () => {
-      for (let restart = 0; restart < 4; restart++) {
+      for (let restart = 0; restart < 3; restart++) {
         await postgres.kill();
         await postgres.start();
         while (!await store.check().then(() => true, () => false));

@@ -331,77 +331,79 @@ async function openWith(url: string, statements: string): Promise<TaskStore> {
   return openTaskStore(url, () => {});
 }
 
-for (const { name, skip, newUrl, run, slow } of databases) {
-  describe(`the tables on ${name}`, { skip, concurrency: true }, () => {
-    const numbers = async (url: string) =>
-      (await run(url, "SELECT * FROM schema_changes")).map(Object.values);
+describe("the tables", { concurrency: true }, () => {
+  for (const { name, skip, newUrl, run, slow } of databases) {
+    describe(`on ${name}`, { skip, concurrency: true }, () => {
+      const numbers = async (url: string) =>
+        (await run(url, "SELECT * FROM schema_changes")).map(Object.values);
 
-    test("made by an earlier state are given what they lack, once, by servers that start at once", async () => {
-      const url = await newUrl();
-      const store = await open(url);
-      const created = found(await store.create("owner", task("kept")));
-      await store.close();
-      const before = (await numbers(url)).length;
+      test("made by an earlier state are given what they lack, once, by servers that start at once", async () => {
+        const url = await newUrl();
+        const store = await open(url);
+        const created = found(await store.create("owner", task("kept")));
+        await store.close();
+        const before = (await numbers(url)).length;
 
-      const project = await withChange("ALTER TABLE tasks ADD COLUMN colour TEXT");
-      const servers = await Promise.all(Array.from({ length: 3 }, async () =>
-        spawnServer(
-          {
-            AUTH0_DOMAIN: "tenant.example.auth0.com",
-            MCP_SERVER_URL: "https://mcp.example.com/mcp",
-            PORT: String(await freePort()),
-            DATABASE_URL: url,
-          },
-          project,
-          join(project, "server.ts"),
-        )));
-      for (const { ready, kill, exited, lines } of servers) {
-        await ready;
-        kill("SIGTERM");
-        assert.equal(await exited, 0, lines.join("\n"));
-      }
-      assert.equal((await numbers(url)).length, before + 1);
-      assert.deepEqual((await run(url, "SELECT id, colour FROM tasks")).map(Object.values), [[
-        created.id,
-        null,
-      ]]);
+        const project = await withChange("ALTER TABLE tasks ADD COLUMN colour TEXT");
+        const servers = await Promise.all(Array.from({ length: 2 }, async () =>
+          spawnServer(
+            {
+              AUTH0_DOMAIN: "tenant.example.auth0.com",
+              MCP_SERVER_URL: "https://mcp.example.com/mcp",
+              PORT: String(await freePort()),
+              DATABASE_URL: url,
+            },
+            project,
+            join(project, "server.ts"),
+          )));
+        for (const { ready, kill, exited, lines } of servers) {
+          await ready;
+          kill("SIGTERM");
+          assert.equal(await exited, 0, lines.join("\n"));
+        }
+        assert.equal((await numbers(url)).length, before + 1);
+        assert.deepEqual((await run(url, "SELECT id, colour FROM tasks")).map(Object.values), [[
+          created.id,
+          null,
+        ]]);
 
-      const earlier = await open(url); // goes on, as where a release is taken back
-      assert.deepEqual(await list(earlier, "owner"), [created]);
-      await earlier.close();
+        const earlier = await open(url); // goes on, as where a release is taken back
+        assert.deepEqual(await list(earlier, "owner"), [created]);
+        await earlier.close();
+      });
+
+      test("stay as they are where a change fails, which stops the start until it is mended", async () => {
+        const url = await newUrl();
+        await (await open(url)).close();
+        const [before, tasks] = [await numbers(url), await run(url, "SELECT * FROM tasks")];
+        const colour = "ALTER TABLE tasks ADD COLUMN colour TEXT";
+        await assert.rejects(
+          openWith(url, `${colour}; ALTER TABLE nowhere ADD COLUMN x TEXT`),
+          /DATABASE_URL: .*nowhere/,
+        );
+        assert.deepEqual([await numbers(url), await run(url, "SELECT * FROM tasks")], [before, tasks]);
+        await (await openWith(url, colour)).close();
+        assert.equal((await numbers(url)).length, before.length + 1);
+      });
+
+      test("may take longer to change than a call may take", { skip: slow === undefined }, async () => {
+        await (await openWith(await newUrl(), slow ?? "")).close();
+      });
+
+      test("of the template's first state stop the start, with a line that says so", async () => {
+        const url = await newUrl();
+        await run(
+          url,
+          `CREATE TABLE tasks (
+             id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL, notes TEXT, status TEXT NOT NULL, due_at TEXT,
+             created_at BIGINT NOT NULL, updated_at BIGINT NOT NULL, idempotency_key TEXT,
+             UNIQUE (owner, created_at), UNIQUE (owner, idempotency_key))`,
+        );
+        await run(url, "CREATE TABLE health (id INTEGER PRIMARY KEY, checked_at BIGINT NOT NULL)");
+        for (let start = 0; start < 2; start++) {
+          await assert.rejects(open(url), /^Error: DATABASE_URL: .*tables of an older template/);
+        }
+      });
     });
-
-    test("stay as they are where a change fails, which stops the start until it is mended", async () => {
-      const url = await newUrl();
-      await (await open(url)).close();
-      const [before, tasks] = [await numbers(url), await run(url, "SELECT * FROM tasks")];
-      const colour = "ALTER TABLE tasks ADD COLUMN colour TEXT";
-      await assert.rejects(
-        openWith(url, `${colour}; ALTER TABLE nowhere ADD COLUMN x TEXT`),
-        /DATABASE_URL: .*nowhere/,
-      );
-      assert.deepEqual([await numbers(url), await run(url, "SELECT * FROM tasks")], [before, tasks]);
-      await (await openWith(url, colour)).close();
-      assert.equal((await numbers(url)).length, before.length + 1);
-    });
-
-    test("may take longer to change than a call may take", { skip: slow === undefined }, async () => {
-      await (await openWith(await newUrl(), slow ?? "")).close();
-    });
-
-    test("of the template's first state stop the start, with a line that says so", async () => {
-      const url = await newUrl();
-      await run(
-        url,
-        `CREATE TABLE tasks (
-           id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL, notes TEXT, status TEXT NOT NULL, due_at TEXT,
-           created_at BIGINT NOT NULL, updated_at BIGINT NOT NULL, idempotency_key TEXT,
-           UNIQUE (owner, created_at), UNIQUE (owner, idempotency_key))`,
-      );
-      await run(url, "CREATE TABLE health (id INTEGER PRIMARY KEY, checked_at BIGINT NOT NULL)");
-      for (let start = 0; start < 2; start++) {
-        await assert.rejects(open(url), /^Error: DATABASE_URL: .*tables of an older template/);
-      }
-    });
-  });
-}
+  }
+});
