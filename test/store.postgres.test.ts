@@ -65,15 +65,18 @@ function endConnections(name: string): Promise<unknown> {
   );
 }
 
-/** Makes every change of a task wait, until what this returns is called or the test ends. */
-async function lock(t: TestContext, id: string | undefined): Promise<() => Promise<void>> {
+/** Holds the locks that a statement takes, until what this returns is called or the test ends. */
+async function lock(t: TestContext, url: string, statement: string): Promise<() => Promise<void>> {
   const client = new pg.Client(url);
   await client.connect();
   const unlock = () => client.end();
   t.after(unlock);
-  await client.query(`BEGIN; SELECT FROM tasks WHERE id = '${id}' FOR UPDATE`);
+  await client.query(`BEGIN; ${statement}`);
   return unlock;
 }
+
+const lockTask = (t: TestContext, id: string | undefined) =>
+  lock(t, url, `SELECT FROM tasks WHERE id = '${id}' FOR UPDATE`);
 
 /** Stands between a store and the database, to be what a network can be. */
 async function startProxy(t: TestContext) {
@@ -107,15 +110,12 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
   test("is opened by servers that start at once on an empty database", async (t) => {
     const empty = await postgres.newDatabase();
     // Holds all of them up at the same place, since on a busy machine they would come one by one.
-    const client = new pg.Client(empty);
-    await client.connect();
-    t.after(() => client.end());
-    await client.query("BEGIN; CREATE TABLE schema_changes ()");
+    const unlock = await lock(t, empty, "CREATE TABLE schema_changes ()");
     const starts = Array.from({ length: 24 }, () => openTaskStore(named(empty, "start"), () => {}));
     const waiting =
       "SELECT FROM pg_stat_activity WHERE application_name = 'start' AND wait_event_type = 'Lock'";
     while ((await postgres.query(waiting)).length < starts.length);
-    await client.query("ROLLBACK");
+    await unlock();
     for (const store of await Promise.all(starts)) await store.close();
   });
 
@@ -223,7 +223,7 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
   test("loses a connection in the middle of a call, and no other call by it", async (t) => {
     const store = await open(t, named(url, "middle"));
     const created = await store.create("middle", task("kept"));
-    const unlock = await lock(t, created?.id);
+    const unlock = await lockTask(t, created?.id);
     const lost = assert.rejects(store.update("middle", created?.id ?? "", { title: "lost" }), /terminat/);
     while (!(await activity("middle")).includes("active"));
     await endConnections("middle");
@@ -236,7 +236,7 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
   test("gives up calls that wait for a lock, and has the database give them up", async (t) => {
     const store = await open(t, named(url, "locked"));
     const created = await store.create("locked", task("kept"));
-    const unlock = await lock(t, created?.id);
+    const unlock = await lockTask(t, created?.id);
     const change = () => store.update("locked", created?.id ?? "", { title: "changed" });
     const calls = await Promise.allSettled(Array.from({ length: CONNECTIONS }, change));
     for (const call of calls) assert.match(call.status === "rejected" ? `${call.reason}` : "done", /timeout/);
