@@ -10,7 +10,6 @@ import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { json } from "node:stream/consumers";
 import { after, before, describe, test } from "node:test";
-import type { TestContext } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { openTaskStore } from "../tools.ts";
 import type { Task, TaskStore } from "../tools.ts";
@@ -32,7 +31,11 @@ before(async () => {
   await chmod(directory, 0o755); // for `asNobody`
 });
 
+/** What tests have opened. Inside `describe`, Deno 2 never calls what `t.after` is given. */
+const closing: (() => unknown)[] = [];
+
 after(async () => {
+  for (const close of closing.toReversed()) await close();
   await tenant.close();
   await rm(directory, { recursive: true });
 });
@@ -40,10 +43,10 @@ after(async () => {
 const newFile = () => join(directory, `${randomUUID()}.db`);
 
 /** As another process would: the server's is another. */
-async function openFile(t: TestContext, file: string) {
+async function openFile(file: string) {
   const { DatabaseSync } = await import("node:sqlite");
   const database = new DatabaseSync(file);
-  t.after(() => database.close());
+  closing.push(() => database.close());
   return database;
 }
 
@@ -58,9 +61,9 @@ function environment(port: number, databaseUrl: string): Record<string, string> 
   };
 }
 
-async function startProcess(t: TestContext, port: number, databaseUrl: string): Promise<ServerProcess> {
+async function startProcess(port: number, databaseUrl: string): Promise<ServerProcess> {
   const server = spawnServer(environment(port, databaseUrl));
-  t.after(() => {
+  closing.push(() => {
     server.kill("SIGKILL");
     return server.exited;
   });
@@ -170,13 +173,13 @@ async function asNobody<T>(work: () => Promise<T>): Promise<T> {
 const noPreload = "Deno" in globalThis && "Deno takes no module from NODE_OPTIONS";
 
 /** The server with something done to it on SIGHUP. */
-async function startWithFault(t: TestContext, port: number, fault: string): Promise<ServerProcess> {
+async function startWithFault(port: number, fault: string): Promise<ServerProcess> {
   const module = encodeURIComponent(`process.on("SIGHUP", () => { ${fault} })`);
   const server = spawnServer({
     ...environment(port, "memory:"),
     NODE_OPTIONS: `--import=data:text/javascript,${module}`,
   });
-  t.after(() => server.kill("SIGKILL"));
+  closing.push(() => server.kill("SIGKILL"));
   await server.ready;
   return server;
 }
@@ -197,10 +200,10 @@ test("a place that cannot be written to stops the start, the file new or old", o
 });
 
 describe("a file at fault", { ...onSqlite, concurrency: true }, () => {
-  test("stops the start, with one line that says why", async (t) => {
+  test("stops the start, with one line that says why", async () => {
     const [garbage, locked] = [newFile(), newFile()];
     await writeFile(garbage, "This is no database. ".repeat(1_000));
-    (await openFile(t, locked)).exec("CREATE TABLE other (id); BEGIN EXCLUSIVE");
+    (await openFile(locked)).exec("CREATE TABLE other (id); BEGIN EXCLUSIVE");
     const faults = {
       [join(directory, "missing", "tasks.db")]: "unable to open database file",
       [directory]: "unable to open database file",
@@ -220,12 +223,12 @@ describe("a file at fault", { ...onSqlite, concurrency: true }, () => {
     assert.deepEqual(others, []);
   });
 
-  test("answers reads while another process holds it; writes wait a while, and then fail readably", async (t) => {
+  test("answers reads while another process holds it; writes wait a while, and then fail readably", async () => {
     const [port, file] = [await freePort(), newFile()];
-    t.after((await startServer(environment(port, `file:${file}`))).close);
+    closing.push((await startServer(environment(port, `file:${file}`))).close);
     const [user, reader] = [await newUser(port, "auth0|alice"), await newUser(port, "auth0|alice")];
     await user.create("before");
-    const other = await openFile(t, file);
+    const other = await openFile(file);
 
     other.exec("BEGIN IMMEDIATE");
     const short = user.create("while it is held for a moment");
@@ -251,9 +254,9 @@ describe("a file at fault", { ...onSqlite, concurrency: true }, () => {
   test(
     "loses nothing that was acknowledged while the disk is full",
     { skip: noLimits, timeout },
-    async (t) => {
+    async () => {
       const [port, file] = [await freePort(), newFile()];
-      const server = await startProcess(t, port, `file:${file}`);
+      const server = await startProcess(port, `file:${file}`);
       const user = await newUser(port);
       const limitFiles = (bytes: string) =>
         execFileSync("prlimit", [`--pid=${server.pid}`, `--fsize=${bytes}:`]);
@@ -276,12 +279,12 @@ describe("a file at fault", { ...onSqlite, concurrency: true }, () => {
 
       server.kill("SIGKILL");
       await server.exited;
-      await startProcess(t, port, `file:${file}`);
+      await startProcess(port, `file:${file}`);
       assert.deepEqual(await user.titles(), acknowledged);
     },
   );
 
-  test("that is damaged gives tool errors that can be read, and harms no other call", async (t) => {
+  test("that is damaged gives tool errors that can be read, and harms no other call", async () => {
     const [port, file] = [await freePort(), newFile()];
     const user = await newUser(port);
     const store = await openTaskStore(`file:${file}`, () => {});
@@ -294,7 +297,7 @@ describe("a file at fault", { ...onSqlite, concurrency: true }, () => {
     await handle.write(Buffer.alloc((await handle.stat()).size - start, "damage"), 0, undefined, start);
     await handle.close();
 
-    t.after((await startServer(environment(port, `file:${file}`))).close);
+    closing.push((await startServer(environment(port, `file:${file}`))).close);
     assertReadable(await user.call("list_tasks"));
     assert.deepEqual((await user.call("get_profile")).data, { id: user.subject });
   });
@@ -304,9 +307,9 @@ describe("a server", { timeout, concurrency: true }, () => {
   test(
     "and another on one file, one of them killed in the middle of a burst, lose no task and double none",
     onSqlite,
-    async (t) => {
+    async () => {
       const [ports, file] = [[await freePort(), await freePort()], newFile()];
-      const start = (port: number) => startProcess(t, port, `file:${file}`);
+      const start = (port: number) => startProcess(port, `file:${file}`);
       const [killed] = await Promise.all(ports.map(start)); // both at once, before there is a file
       const users = await Promise.all(
         [ports, ports, ports, ports].flat().map((port) => newUser(port, "auth0|alice")),
@@ -321,7 +324,7 @@ describe("a server", { timeout, concurrency: true }, () => {
       await restarted;
       assert.ok(failures.length > 0, "nothing failed: the server was killed too late");
       for (const user of users.slice(0, 2)) assert.deepEqual((await user.titles()).sort(), titles);
-      const database = await openFile(t, file);
+      const database = await openFile(file);
       assert.equal(database.prepare("PRAGMA integrity_check").get()?.integrity_check, "ok");
     },
   );
@@ -329,16 +332,16 @@ describe("a server", { timeout, concurrency: true }, () => {
   test(
     "that is stopped and started again under load loses nothing",
     onSqlite,
-    async (t) => {
+    async () => {
       const [port, file] = [await freePort(), newFile()];
-      const stopped = await startProcess(t, port, `file:${file}`);
+      const stopped = await startProcess(port, `file:${file}`);
       const users = await Promise.all(numbered(8).map(() => newUser(port, "auth0|alice")));
       const titles = numbered(60);
       let restarted: Promise<unknown> | undefined;
       const failures = await createAll(users, titles, (count) => {
         if (count !== 20) return;
         stopped.kill("SIGTERM");
-        restarted = stopped.exited.then(() => startProcess(t, port, `file:${file}`));
+        restarted = stopped.exited.then(() => startProcess(port, `file:${file}`));
       });
       await restarted;
       assert.equal(await stopped.exited, 0);
@@ -347,12 +350,12 @@ describe("a server", { timeout, concurrency: true }, () => {
     },
   );
 
-  test("answers a call that is in flight when the stop comes", onSqlite, async (t) => {
+  test("answers a call that is in flight when the stop comes", onSqlite, async () => {
     const [port, file] = [await freePort(), newFile()];
-    const server = await startProcess(t, port, `file:${file}`);
+    const server = await startProcess(port, `file:${file}`);
     const [user, other] = [await newUser(port), await newUser(port)];
     await Promise.all([user.titles(), other.titles()]); // both are connected, so the next two calls come in order
-    const lock = await openFile(t, file);
+    const lock = await openFile(file);
     lock.exec("BEGIN IMMEDIATE");
     const created = user.create("in flight");
     await other.titles();
@@ -363,7 +366,7 @@ describe("a server", { timeout, concurrency: true }, () => {
     assert.equal(await server.exited, 0);
   });
 
-  test("makes whatever its store throws a tool error that can be read", async (t) => {
+  test("makes whatever its store throws a tool error that can be read", async () => {
     const failure = new Error("SQL of /srv/tools.ts", { cause: new Error("secret") });
     const store: TaskStore = {
       list: () => {
@@ -377,7 +380,7 @@ describe("a server", { timeout, concurrency: true }, () => {
     };
     const port = await freePort();
     const server = await startServer(environment(port, "memory:"), store);
-    t.after(server.close);
+    closing.push(server.close);
     const user = await newUser(port);
     const id = randomUUID();
     assertReadable(await user.call("list_tasks"));
@@ -390,9 +393,9 @@ describe("a server", { timeout, concurrency: true }, () => {
 
   test("goes on after a promise that nobody awaited has failed, with a line in the log", {
     skip: noPreload,
-  }, async (t) => {
+  }, async () => {
     const port = await freePort();
-    const server = await startWithFault(t, port, 'Promise.reject(new Error("nobody awaits this"))');
+    const server = await startWithFault(port, 'Promise.reject(new Error("nobody awaits this"))');
     const user = await newUser(port);
     server.kill("SIGHUP");
     await hasLogged(server, /nobody awaits this$/);
@@ -403,21 +406,21 @@ describe("a server", { timeout, concurrency: true }, () => {
   test(
     "ends with an exception that nobody caught, with its stack and status 1",
     { skip: noPreload },
-    async (t) => {
-      const server = await startWithFault(t, await freePort(), 'throw new Error("nobody catches this")');
+    async () => {
+      const server = await startWithFault(await freePort(), 'throw new Error("nobody catches this")');
       server.kill("SIGHUP");
       assert.equal(await server.exited, 1);
       assert.match(server.lines.join("\n"), /^Error: nobody catches this\n +at /m);
     },
   );
 
-  test("goes on when nobody reads its log any more", async (t) => {
+  test("goes on when nobody reads its log any more", async () => {
     const port = await freePort();
     const server = spawn(process.execPath, [...RUNTIME_FLAGS, `${import.meta.dirname}/../server.ts`], {
       env: { PATH: process.env.PATH, ...environment(port, "memory:") },
       stdio: ["ignore", "inherit", "pipe"],
     });
-    t.after(() => server.kill("SIGKILL"));
+    closing.push(() => server.kill("SIGKILL"));
     for await (const line of createInterface(server.stderr)) if (line.includes("Listening on")) break;
     server.stderr.destroy();
     for (let logged = 0; logged < 3; logged++) assert.equal((await fetch(urlOf(port))).status, 401);

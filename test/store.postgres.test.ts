@@ -6,7 +6,6 @@ import * as net from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import type { TestContext } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 import pg from "pg";
@@ -33,17 +32,22 @@ before(async () => {
   await (await openTaskStore(url, () => {})).close();
 });
 
-after(() => postgres?.close());
+/** What tests have opened. Inside `describe`, Deno 2 never calls what `t.after` is given. */
+const closing: (() => unknown)[] = [];
+
+after(async () => {
+  for (const close of closing.toReversed()) await close();
+  await postgres?.close();
+});
 
 const task = (title: string) => ({ title, notes: null, due_at: null });
 
 async function open(
-  t: TestContext,
   url: string,
   warn: (line: string) => void = () => {},
 ): Promise<TaskStore> {
   const store = await openTaskStore(url, warn);
-  t.after(() => store.close());
+  closing.push(() => store.close());
   return store;
 }
 
@@ -66,20 +70,19 @@ function endConnections(name: string): Promise<unknown> {
 }
 
 /** Holds the locks that a statement takes, until what this returns is called or the test ends. */
-async function lock(t: TestContext, url: string, statement: string): Promise<() => Promise<void>> {
+async function lock(url: string, statement: string): Promise<() => Promise<void>> {
   const client = new pg.Client(url);
   await client.connect();
   const unlock = () => client.end();
-  t.after(unlock);
+  closing.push(unlock);
   await client.query(`BEGIN; ${statement}`);
   return unlock;
 }
 
-const lockTask = (t: TestContext, id: string | undefined) =>
-  lock(t, url, `SELECT FROM tasks WHERE id = '${id}' FOR UPDATE`);
+const lockTask = (id: string | undefined) => lock(url, `SELECT FROM tasks WHERE id = '${id}' FOR UPDATE`);
 
 /** Stands between a store and the database, to be what a network can be. */
-async function startProxy(t: TestContext) {
+async function startProxy() {
   const sockets = new Set<net.Socket>();
   const server = net.createServer((client) => {
     const database = net.connect(Number(new URL(url).port), "127.0.0.1");
@@ -102,15 +105,15 @@ async function startProxy(t: TestContext) {
       for (const socket of sockets) socket.destroy();
     },
   };
-  t.after(proxy.close);
+  closing.push(proxy.close);
   return proxy;
 }
 
 describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout: 60_000 }, () => {
-  test("is opened by servers that start at once on an empty database", async (t) => {
+  test("is opened by servers that start at once on an empty database", async () => {
     const empty = await postgres.newDatabase();
     // Holds all of them up at the same place, since on a busy machine they would come one by one.
-    const unlock = await lock(t, empty, "CREATE TABLE schema_changes ()");
+    const unlock = await lock(empty, "CREATE TABLE schema_changes ()");
     const starts = Array.from({ length: 24 }, () => openTaskStore(named(empty, "start"), () => {}));
     const waiting =
       "SELECT FROM pg_stat_activity WHERE application_name = 'start' AND wait_event_type = 'Lock'";
@@ -119,7 +122,7 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     for (const store of await Promise.all(starts)) await store.close();
   });
 
-  test("is opened with the URLs that providers hand out, and encrypted as their sslmode says", async (t) => {
+  test("is opened with the URLs that providers hand out, and encrypted as their sslmode says", async () => {
     const forms = {
       "sslmode=disable": false,
       "sslmode=require": true,
@@ -130,7 +133,7 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     await Promise.all(
       Object.entries(forms).map(async ([form, isEncrypted], index) => {
         const name = `form${index}`;
-        await open(t, `${url}?${form}&application_name=${name}`, assert.fail);
+        await open(`${url}?${form}&application_name=${name}`, assert.fail);
         const connections = await postgres.query(
           `SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = '${name}'`,
         );
@@ -138,15 +141,15 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
       }),
     );
     await assert.rejects(
-      open(t, `${url}?sslmode=verify-full`),
+      open(`${url}?sslmode=verify-full`),
       /^Error: DATABASE_URL: .*self-signed certificate/,
     );
   });
 
-  test("that cannot be had is one line at the start, without its password", async (t) => {
+  test("that cannot be had is one line at the start, without its password", async () => {
     const silent = net.createServer(() => {}).listen(0, "127.0.0.1");
     await once(silent, "listening");
-    t.after(() => silent.close());
+    closing.push(() => silent.close());
     const address = (port: number) => `postgres://tasks:hunter2@127.0.0.1:${port}/tasks`;
     const causes = {
       [address(await freePort())]: /ECONNREFUSED/,
@@ -156,7 +159,7 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     };
     await Promise.all(
       Object.entries(causes).map(([at, cause]) =>
-        assert.rejects(open(t, at), ({ message }: Error) => {
+        assert.rejects(open(at), ({ message }: Error) => {
           assert.match(message, /^DATABASE_URL: PostgreSQL cannot be used: /);
           assert.match(message, cause);
           return !/hunter2|\n/.test(message);
@@ -178,9 +181,9 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     assert.deepEqual(others, []);
   });
 
-  test("whose driver is not installed is one line that says how to install it", async (t) => {
+  test("whose driver is not installed is one line that says how to install it", async () => {
     const project = await mkdtemp(join(tmpdir(), "no-driver-"));
-    t.after(() => rm(project, { recursive: true }));
+    closing.push(() => rm(project, { recursive: true }));
     await mkdir(join(project, "node_modules"));
     for (const name of ["@modelcontextprotocol", "jose", "zod"]) {
       await symlink(join(ROOT, "node_modules", name), join(project, "node_modules", name));
@@ -197,22 +200,22 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     );
   });
 
-  test("that can only be read stops the start, whether it is new or has been used", async (t) => {
+  test("that can only be read stops the start, whether it is new or has been used", async () => {
     const database = await postgres.newDatabase();
     const setReadOnly = (value: string) =>
       postgres.query(
         `ALTER DATABASE ${new URL(database).pathname.slice(1)} SET default_transaction_read_only = ${value}`,
       );
     await setReadOnly("on");
-    await assert.rejects(open(t, database), /^Error: DATABASE_URL: .*read-only/);
+    await assert.rejects(open(database), /^Error: DATABASE_URL: .*read-only/);
     await setReadOnly("off");
-    await open(t, database);
+    await open(database);
     await setReadOnly("on");
-    await assert.rejects(open(t, database), /^Error: DATABASE_URL: .*read-only/);
+    await assert.rejects(open(database), /^Error: DATABASE_URL: .*read-only/);
   });
 
-  test("loses idle connections, and no call by it", async (t) => {
-    const store = await open(t, named(url, "idle"));
+  test("loses idle connections, and no call by it", async () => {
+    const store = await open(named(url, "idle"));
     const callOften = () => Promise.all(Array.from({ length: CONNECTIONS }, () => store.check()));
     await callOften();
     assert.ok((await activity("idle")).length > 1);
@@ -220,10 +223,10 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     await callOften();
   });
 
-  test("loses a connection in the middle of a call, and no other call by it", async (t) => {
-    const store = await open(t, named(url, "middle"));
+  test("loses a connection in the middle of a call, and no other call by it", async () => {
+    const store = await open(named(url, "middle"));
     const created = await store.create("middle", task("kept"));
-    const unlock = await lockTask(t, created?.id);
+    const unlock = await lockTask(created?.id);
     const lost = assert.rejects(store.update("middle", created?.id ?? "", { title: "lost" }), /terminat/);
     while (!(await activity("middle")).includes("active"));
     await endConnections("middle");
@@ -233,10 +236,10 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     await store.update("middle", created?.id ?? "", { title: "changed" });
   });
 
-  test("gives up calls that wait for a lock, and has the database give them up", async (t) => {
-    const store = await open(t, named(url, "locked"));
+  test("gives up calls that wait for a lock, and has the database give them up", async () => {
+    const store = await open(named(url, "locked"));
     const created = await store.create("locked", task("kept"));
-    const unlock = await lockTask(t, created?.id);
+    const unlock = await lockTask(created?.id);
     const change = () => store.update("locked", created?.id ?? "", { title: "changed" });
     const calls = await Promise.allSettled(Array.from({ length: CONNECTIONS }, change));
     for (const call of calls) assert.match(call.status === "rejected" ? `${call.reason}` : "done", /timeout/);
@@ -245,9 +248,9 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     assert.equal((await change())?.title, "changed");
   });
 
-  test("answers the first call after an outage, and none waits in the meantime", async (t) => {
-    const proxy = await startProxy(t);
-    const store = await open(t, proxy.url);
+  test("answers the first call after an outage, and none waits in the meantime", async () => {
+    const proxy = await startProxy();
+    const store = await open(proxy.url);
     await store.create("outage", task("kept"));
     proxy.close();
     for (let round = 0; round < 3; round++) {
@@ -263,9 +266,9 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     assert.deepEqual(await titles(store, "outage"), ["kept"]);
   });
 
-  test("waits a bounded time for a network that swallows everything", { timeout: BOUNDED }, async (t) => {
-    const proxy = await startProxy(t);
-    const store = await open(t, proxy.url);
+  test("waits a bounded time for a network that swallows everything", { timeout: BOUNDED }, async () => {
+    const proxy = await startProxy();
+    const store = await open(proxy.url);
     const callOften = () => Promise.allSettled(Array.from({ length: CONNECTIONS }, () => store.check()));
     await callOften(); // now every connection of the pool is open
     proxy.passes = () => false;
@@ -276,16 +279,16 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     await store.check();
   });
 
-  test("is closed although its network swallows everything", { timeout: BOUNDED }, async (t) => {
-    const proxy = await startProxy(t);
+  test("is closed although its network swallows everything", { timeout: BOUNDED }, async () => {
+    const proxy = await startProxy();
     const store = await openTaskStore(proxy.url, () => {});
     proxy.passes = () => false;
     await store.close();
   });
 
-  test("has the task whose acknowledgement was lost, and its key gives it back", async (t) => {
-    const proxy = await startProxy(t);
-    const [cutOff, other] = [await open(t, proxy.url), await open(t, url)];
+  test("has the task whose acknowledgement was lost, and its key gives it back", async () => {
+    const proxy = await startProxy();
+    const [cutOff, other] = [await open(proxy.url), await open(url)];
     const owner = "cut off";
     let isSent = false;
     const answered = new Promise<void>((resolve) => {
@@ -305,31 +308,31 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
 });
 
 describe("a store on PostgreSQL through a pooler", { skip: noPgBouncer, timeout: 60_000 }, () => {
-  test("that takes no statement_timeout works, and says what to set in the database", async (t) => {
+  test("that takes no statement_timeout works, and says what to set in the database", async () => {
     const pooler = await startPgBouncer(url);
-    t.after(pooler.close);
+    closing.push(pooler.close);
     const lines: string[] = [];
-    const store = await open(t, pooler.url, (line) => lines.push(line));
+    const store = await open(pooler.url, (line) => lines.push(line));
     await store.create("pooled", task("kept"));
     assert.deepEqual(await titles(store, "pooled"), ["kept"]);
     assert.equal(lines.length, 1);
     assert.match(lines[0] ?? "", /ALTER ROLE .* SET statement_timeout/);
   });
 
-  test("that is started again answers the next call", async (t) => {
+  test("that is started again answers the next call", async () => {
     const pooler = await startPgBouncer(url);
-    const store = await open(t, pooler.url);
+    const store = await open(pooler.url);
     await pooler.close();
     await assert.rejects(store.check());
     const another = await startPgBouncer(url, Number(new URL(pooler.url).port));
-    t.after(another.close);
+    closing.push(another.close);
     await store.check();
   });
 
-  test("gives each of more callers than connections their own tasks alone", async (t) => {
+  test("gives each of more callers than connections their own tasks alone", async () => {
     const pooler = await startPgBouncer(url);
-    t.after(pooler.close);
-    const [store, other] = [await open(t, pooler.url), await open(t, pooler.url)];
+    closing.push(pooler.close);
+    const [store, other] = [await open(pooler.url), await open(pooler.url)];
     await listMeanwhile(store, async () => {
       for (let count = 0; count < 30; count++) await other.create("busy", task(`${count}`));
     });
@@ -337,8 +340,8 @@ describe("a store on PostgreSQL through a pooler", { skip: noPgBouncer, timeout:
 });
 
 describe("a store on PostgreSQL that forty users call", { skip: noPostgres, timeout: 60_000 }, () => {
-  test("gives each their own tasks alone, and never none, while a column's type is changed", async (t) => {
-    await listMeanwhile(await open(t, url), async () => {
+  test("gives each their own tasks alone, and never none, while a column's type is changed", async () => {
+    await listMeanwhile(await open(url), async () => {
       for (const type of ["VARCHAR(40)", "TEXT", "VARCHAR(50)", "TEXT", "VARCHAR(60)", "TEXT"]) {
         await postgres.query(`ALTER TABLE tasks ALTER due_at TYPE ${type}`);
       }
