@@ -391,7 +391,10 @@ export async function openTaskStore(url: string | undefined, warn: (line: string
   if (asked === "memory:") return memoryStore();
   try {
     const database = await (isPostgres(asked) ? openPostgres(asked, warn) : openSqlite(asked));
-    await applyChanges(database);
+    await applyChanges(database).catch(async (error) => {
+      await database.close();
+      throw error;
+    });
     return sqlStore(database);
   } catch (error) {
     if (url === undefined && error instanceof NoSqlite) {
@@ -477,15 +480,15 @@ const CHANGES = [
    CREATE INDEX tasks_by_status ON tasks (owner, status, created_at, id)`,
 ];
 
-async function applyChanges({ query, run, close }: Database): Promise<void> {
+async function applyChanges({ query, run }: Database): Promise<void> {
   const countApplied = async () => (await query("SELECT number FROM schema_changes")).length;
   await run("CREATE TABLE IF NOT EXISTS schema_changes (number INTEGER PRIMARY KEY)");
+  await run("DELETE FROM schema_changes WHERE number < 0"); // none: it fails where the database can only be read
   for (let number = await countApplied(); number < CHANGES.length; number++) {
     try {
       await run(`INSERT INTO schema_changes VALUES (${number}); ${CHANGES[number]}`);
     } catch (error) {
       if (await countApplied() > number) continue; // another server, started beside this one, was faster
-      await close();
       const isOlder = number === 0 && /already exists/.test(reason(error));
       throw isOlder ? new Error("it holds tables of an older template. Name another one, or rename them") : error;
     }
@@ -611,8 +614,13 @@ async function openPostgres(url: string, warn: (line: string) => void): Promise<
   return {
     // Poolers mix up named statements, and a lost connection that is not the pool's own ends the process: neither here.
     query: async (sql, values = []) => (await pool.query(sql, values)).rows,
-    // One simple query is one transaction. The lock lets servers that start at once make the tables one by one.
-    run: async (script) => void await pool.query(`SELECT pg_advisory_xact_lock(0); ${script}`),
+    // One simple query is one transaction. The lock lets servers that start at once make the tables one by one. To change
+    // a large table takes longer than a call may.
+    async run(script) {
+      const text = `SET LOCAL statement_timeout = 0; SELECT pg_advisory_xact_lock(0); ${script}`;
+      const query = { text, query_timeout: 600_000 };
+      await pool.query(query);
+    },
     close: () => pool.end(),
   };
 }

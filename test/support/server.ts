@@ -2,6 +2,7 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import type { Server } from "node:http";
+import { isBuiltin } from "node:module";
 import { createServer as createNetServer } from "node:net";
 import type { AddressInfo } from "node:net";
 import { createInterface } from "node:readline";
@@ -13,6 +14,9 @@ import type { TaskStore } from "../../tools.ts";
 export const RUNTIME_FLAGS = "Deno" in globalThis
   ? ["run", "-A"]
   : process.execArgv.filter((flag) => !flag.startsWith("--test"));
+
+/** Why a test of SQLite is skipped, or false where it runs. */
+export const noSqlite = !isBuiltin("node:sqlite") && "this runtime has no node:sqlite";
 
 /** A port that is free now. MCP_SERVER_URL holds the port, so it has to be known before the server exists. */
 export async function freePort(): Promise<number> {
