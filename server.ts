@@ -55,11 +55,11 @@ export const environment = z.object({
   PORT: z.string().regex(/^\d{1,5}$/, { error: "is no number", abort: true }).transform(Number)
     .refine((port) => port <= 65_535, "is too large").default(3000).describe("a port number, 0 to 65535"),
   HOST: z.string().default("127.0.0.1"),
-  DATABASE_URL: databaseUrlSchema.optional(),
+  DATABASE_URL: databaseUrlSchema,
   ENFORCE_SCOPES: z.enum(["true", "false"], "is neither").default("false").transform((text) => text === "true")
     .describe("true or false"),
   ALLOWED_ORIGINS: z.string().default("").transform((text) => text.split(",").map((one) => one.trim()).filter(Boolean))
-    .refine((origins) => origins.every(isOrigin), "holds another")
+    .refine((origins) => origins.every(isOrigin), "holds what is no origin")
     .describe("origins such as https://example.com, comma separated: no path, no slash, lower case"),
   OPENAI_APPS_CHALLENGE: z.string().optional(),
   LOG_LEVEL: z.enum(["silent", "info", "debug"], "is none of them").default("info").describe("silent, info or debug"),
@@ -234,6 +234,7 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
     if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { headers: { Allow: "POST" } });
     const message = readMessage(await readJson(request));
     checkProtocolVersion(request, message);
+    signal.throwIfAborted();
 
     const server = createMcpServer(caller, store);
     const transport = new PostTransport();

@@ -377,6 +377,7 @@ const isPostgres = (url: string) => /^postgres(ql)?:/.test(url);
 /** What DATABASE_URL may be. A URL that cannot be parsed would be quoted by drivers, its password with it. */
 export const databaseUrlSchema = z.string()
   .refine((url) => url === "memory:" || /^file:./.test(url) || (isPostgres(url) && URL.canParse(url)), "is no such URL")
+  .optional()
   .describe("file:tasks.db, memory: or postgres://user:password@host/database (in a password, # is written %23)");
 
 /**
