@@ -16,6 +16,8 @@ import { environment } from "../server.ts";
 import { openTaskStore, requestedScopes, RESOURCE_NAME } from "../tools.ts";
 import type { TaskStore } from "../tools.ts";
 import { freePort, post, RUNTIME_FLAGS, startServer } from "./support/server.ts";
+import { isStrict, settingsFor } from "./support/tenant-settings.ts";
+import type { ClientKind, SettingName } from "./support/tenant-settings.ts";
 import { ALICE, configuredTenant, startTenant } from "./support/tenant.ts";
 
 const ROOT = join(import.meta.dirname, "..");
@@ -65,9 +67,7 @@ for (const path of ["README.md", "test/README.md"]) {
     const links = [...text.matchAll(/\]\(([^)\s]+)\)/g)].map(([, target = ""]) => target);
     assert.ok(links.length > 0);
     for (const link of links.filter((link) => !link.startsWith("https://"))) {
-      const exists = link.startsWith("#")
-        ? headings.includes(link)
-        : existsSync(join(ROOT, dirname(path), link));
+      const exists = link.startsWith("#") ? headings.includes(link) : existsSync(join(ROOT, dirname(path), link));
       assert.ok(exists, link);
     }
   });
@@ -150,6 +150,43 @@ test("the line for the e-mail works inside the Action", async () => {
   };
   await exports.onExecutePostLogin?.({ user: ALICE, transaction: {} }, { accessToken });
   assert.deepEqual(claims, { "https://your-domain.com/email": ALICE.email });
+});
+
+test("the table of ways says what the tests walk: what each kind of client needs, and nothing else", () => {
+  const columns: ClientKind[][] = [
+    [{ tenant: "strict", way: "register" }],
+    [{ tenant: "strict", way: "cimd" }, { tenant: "permissive", way: "cimd" }],
+    [{ tenant: "permissive", way: "register" }],
+    [{ tenant: "strict", way: "fixed" }, { tenant: "permissive", way: "fixed" }],
+  ];
+  const settingsOfRow: Record<string, SettingName[]> = {
+    "API, Allow Offline Access": ["api", "offline-access"],
+    "Default Permissions": ["default-permissions"],
+    "Default Audience": ["default-audience"],
+    "Client registration": ["registration", "cimd"],
+    "Promote the connection": ["connection"],
+    "Action": ["action"],
+    "Application": ["application", "callback", "application-connection", "refresh-grant", "rotation"],
+  };
+  const rows = [...section("Which way is yours").matchAll(/^\| (\[.*)\|$/gm)].map(([, row = ""]) =>
+    row.split("|").map((cell) => cell.trim())
+  );
+  const cell = (name: string, column: number) =>
+    rows.find(([step]) => step?.includes(name))?.[column + 1] ?? assert.fail(`No row ${name}`);
+
+  assert.equal(rows.length, Object.keys(settingsOfRow).length + 1); // and the tick in ChatGPT's form
+  for (const [column, clients] of columns.entries()) {
+    for (const client of clients) {
+      const needed = Object.entries(settingsOfRow).flatMap(([row, names]) =>
+        cell(row, column) === "–" ? [] : names.filter((name) =>
+          row !== "Client registration" ||
+          cell(row, column).startsWith(name === "cimd" ? "CIMD" : "Dynamic")
+        )
+      );
+      assert.deepEqual(needed.sort(), settingsFor(client).sort(), JSON.stringify(client));
+      assert.equal(cell("OIDC enabled", column).startsWith("untick"), isStrict(client));
+    }
+  }
 });
 
 describe("Step 6, pasted into a shell", () => {
@@ -245,13 +282,16 @@ describe("Make it yours", () => {
   });
 
   test("Another database: its scheme is a setting, and its store opens", async (t) => {
-    const store = "class MongoStore extends MemoryStore {\n" +
-      "  readonly url: string;\n" +
-      "  constructor(url: string) {\n    super();\n    this.url = url;\n  }\n}\n";
-    const edit = apply(block("diff", "MongoStore"));
+    const store = `function mongoStore(url: string) {
+      const nothing = () => Promise.resolve(undefined);
+      const list = () => Promise.resolve([]);
+      const remove = () => Promise.resolve(false);
+      return { url, list, create: nothing, update: nothing, delete: remove, check: nothing, close: nothing };
+    }`;
+    const edit = apply(block("diff", "mongoStore"));
     const { createServer, readSettings, openTaskStore: openChanged } = await changed(
       t,
-      (source) => `${edit(source)}\n${store}`,
+      (source) => `${edit(source)}\n${store}\n`,
     );
     const { databaseUrl } = readSettings({
       AUTH0_DOMAIN: "tenant.example.auth0.com",
@@ -271,9 +311,7 @@ test("what goes when the tasks go is what names a task", () => {
   const files = readdirSync(join(ROOT, "test"), { recursive: true, encoding: "utf8" })
     .map((name) => name.replaceAll("\\", "/"))
     .filter((name) => name.endsWith(".ts"));
-  const naming = files.filter((name) =>
-    /\b(list|create|update|delete)_tasks?\b|\bTask\b/.test(read(`test/${name}`))
-  );
+  const naming = files.filter((name) => /\b(list|create|update|delete)_tasks?\b|\bTask\b/.test(read(`test/${name}`)));
   assert.deepEqual(listed.sort(), naming.sort());
 });
 
