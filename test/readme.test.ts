@@ -16,6 +16,7 @@ import { environment } from "../server.ts";
 import { openTaskStore, requestedScopes, RESOURCE_NAME } from "../tools.ts";
 import type { TaskStore } from "../tools.ts";
 import { freePort, post, RUNTIME_FLAGS, startServer } from "./support/server.ts";
+import { runSetup, startManagedTenant } from "./support/setup.ts";
 import { isStrict, settingsFor } from "./support/tenant-settings.ts";
 import type { ClientKind, SettingName } from "./support/tenant-settings.ts";
 import { ALICE, configuredTenant, startTenant } from "./support/tenant.ts";
@@ -122,6 +123,12 @@ test("the demo's output stands in the README as the demo prints it", async () =>
   const general = (text: string) =>
     text.replace(/localhost:\d+/g, "localhost").replace(/[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}/g, "ID");
   for (const part of general(quoted).split(/^ *…\n/m)) assert.ok(general(stdout).includes(part), part);
+});
+
+test("setup's output stands in the README as setup prints it", async (t) => {
+  const tenant = await startManagedTenant(t, { kind: "strict" });
+  const { output } = await runSetup(tenant, { way: "register" }, { serverUrl: "https://tasks.example.com/mcp" });
+  assert.equal(block("text", "to do"), `${output}\n`);
 });
 
 test("the challenge of Step 0 is the server's", () => {

@@ -3,6 +3,7 @@
  * of client.
  */
 import type { JSONWebKeySet } from "jose";
+import type { StoredAction, StoredBinding } from "./management.ts";
 
 /** `scopes_supported` of every Auth0 tenant. An API's permissions are never among them. */
 export const OIDC_SCOPES = (
@@ -23,6 +24,10 @@ export interface Api {
   enableRbac: boolean;
   /** User-Delegated Access of third-party applications: left out is Unauthorized. */
   defaultPermissionsForThirdPartyApplications?: string[];
+  /** The Management API shows these three; the tenant signs with RS256 and lets every application in all the same. */
+  signingAlgorithm?: string;
+  encryptsTokens?: boolean;
+  userAccessPolicy?: "allow_all" | "deny_all" | "require_client_grant";
 }
 
 /** User Management → Users. */
@@ -52,6 +57,8 @@ export interface Application {
   rotationOverlap?: number;
   /** Identifiers of the APIs that a machine-to-machine application is authorized for. */
   authorizedApis?: string[];
+  /** APIs → User Access, by identifier. */
+  userDelegatedApis?: string[];
 }
 
 export interface TenantSettings {
@@ -64,7 +71,7 @@ export interface TenantSettings {
   includeIssuerInAuthorizationResponses: boolean;
   apis: Api[];
   /** Authentication → Database, Social, Enterprise. */
-  connections: { name: string; domainLevel: boolean }[];
+  connections: { name: string; domainLevel: boolean; strategy?: string }[];
   applications: Application[];
   applicationLimit: number;
   /** Whether `auth0-action.js` is in the post-login flow. */
@@ -72,6 +79,11 @@ export interface TenantSettings {
   users: User[];
   /** What a token without an API looks like: Auth0 issues either. */
   userinfoToken: "encrypted" | "opaque";
+  /** Tokens that the Management API takes, with their scopes. */
+  managementTokens?: Record<string, string[]>;
+  /** What the Management API shows of Actions; left out, it follows `postLoginAction`. */
+  actions?: StoredAction[];
+  flow?: StoredBinding[];
 }
 
 export const ALICE: User = { sub: "auth0|alice", email: "alice@example.com", name: "Alice", permissions: [] };

@@ -9,8 +9,10 @@
  * Auth0's documentation and what others have seen in the field (README, "What was tried"); the words of error
  * messages that nobody has quoted are this file's own.
  *
- * Left out: /userinfo, /oauth/revoke, sessions, rate limits, custom domains, organizations, Rules, the
- * Management API and every grant but the three of the token endpoint.
+ * The Management API is that of `management.ts`, on the same settings.
+ *
+ * Left out: /userinfo, /oauth/revoke, sessions, rate limits, custom domains, organizations, Rules and every grant
+ * but the three of the token endpoint.
  */
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import { once } from "node:events";
@@ -34,6 +36,7 @@ import {
   jwtVerify,
   SignJWT,
 } from "jose";
+import { answerManagement } from "./management.ts";
 import { errorPage, pageText, signInPage } from "./tenant-pages.ts";
 import { ALICE, type Api, type Application, newTenant, OIDC_SCOPES } from "./tenant-settings.ts";
 import type { TenantSettings, User } from "./tenant-settings.ts";
@@ -121,6 +124,8 @@ export class Tenant {
   answerJwks: ((response: ServerResponse) => void) | undefined;
   /** Breaks the promise that the metadata makes when the issuer is to be included in authorization responses. */
   withholdsIssuer = false;
+  /** Stands before the Management API, to make it fail: `request` is method and path, `answer` does what it asks. */
+  beforeManagement = (_request: string, answer: () => Promise<Response>): Promise<Response> => answer();
 
   readonly #server: Server;
   readonly #action = loadAction();
@@ -236,9 +241,26 @@ export class Tenant {
       case "POST /oauth/token":
         return this.#token(await readParameters(request));
       default:
+        if (route.includes(" /api/v2/")) return this.#manage(request);
         if (request.method === "OPTIONS") return preflight(request);
         throw new OAuthError("not_found", "Not found.", 404);
     }
+  }
+
+  async #manage(request: IncomingMessage): Promise<Response> {
+    const { method = "", headers: { authorization = "" } } = request;
+    const url = new URL(request.url ?? "", this.origin);
+    const body = await text(request);
+    return this.beforeManagement(
+      `${method} ${url.pathname.replace("/api/v2/", "")}`,
+      () =>
+        answerManagement(this.settings, (document) => this.importFromUrl(document), {
+          method,
+          url,
+          authorization,
+          body,
+        }),
+    );
   }
 
   /** The same document at both addresses. It lists registration whether or not that is switched on. */
