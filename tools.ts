@@ -118,8 +118,8 @@ const tools = [
       "Use this when the user wants to remember or plan something new. Not for changing a task: see update_task.",
     inputSchema: z.object({
       title: titleSchema,
-      notes: notesSchema,
-      due_at: dueAtSchema,
+      notes: notesSchema.default(null),
+      due_at: dueAtSchema.default(null),
       // A model may repeat a call whose reply it lost; the key makes the second one harmless.
       idempotency_key: textSchema(1, 200).optional()
         .describe("Any string made up for this task: calling again with it gives the same task back"),
@@ -128,9 +128,9 @@ const tools = [
     outputSchema: z.object({ task: taskSchema }),
     annotations: { readOnlyHint: false, destructiveHint: false, idempotentHint: false, openWorldHint: false },
     _meta: progress("Writing the task down", "Task created"),
-    async run({ title, notes = null, due_at = null, idempotency_key }, { caller, store }) {
+    async run({ idempotency_key, ...fields }, { caller, store }) {
       // The owner comes from the token, never from the input.
-      const task = await store.create(caller.subject, { title, notes, due_at }, idempotency_key);
+      const task = await store.create(caller.subject, fields, idempotency_key);
       if (task) return { task };
       throw new ToolError(
         `There are ${MAX_TASKS} tasks already, the most a user can have. Delete some with delete_task first`,
@@ -344,7 +344,7 @@ function insufficientScope(scope: string, resource: ProtectedResource): CallTool
 // ------------------------------------------------------------------------------------------------- the store
 
 /** What a user gives for a new task; `due_at` in UTC. */
-type NewTask = Pick<Task, "title" | "notes" | "due_at">;
+type NewTask = Omit<Task, "id" | "status" | "created_at" | "updated_at">;
 /** Fields left out, or undefined, stay as they are. */
 type Changes = { [Field in keyof NewTask | "status"]?: Task[Field] | undefined };
 /** `after` is the last task of the page before, and undefined for the first page. */
