@@ -4,12 +4,9 @@ import { once } from "node:events";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { after, before, describe, test, type TestContext } from "node:test";
-import { type OAuthClientProvider, UnauthorizedError } from "@modelcontextprotocol/sdk/client/auth.js";
-import { Client } from "@modelcontextprotocol/sdk/client/index.js";
-import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
-import type { OAuthClientInformationMixed, OAuthTokens } from "@modelcontextprotocol/sdk/shared/auth.js";
 import { Connector, publishClientMetadata } from "./support/chatgpt.ts";
 import type { ClientDocuments, ConnectorOptions } from "./support/chatgpt.ts";
+import { connect, Provider } from "./support/sdk-client.ts";
 import { type RunningServer, startServer } from "./support/server.ts";
 import {
   ALICE,
@@ -224,14 +221,15 @@ for (const kind of KINDS) {
   test(`the SDK's own client signs in on a ${kind} tenant, and refreshes when a token has expired`, async (t) => {
     const { tenant, url } = await start(t, kind);
     const provider = new Provider();
-    await connect(t, url, provider, ALICE);
+    await (await connect(url, provider, ALICE)).close();
     const { refresh_token } = provider.tokens() ?? {};
     provider.saveTokens({
       ...provider.tokens(),
       access_token: await tenant.sign({ exp: 1 }),
       token_type: "Bearer",
     });
-    const client = await connect(t, url, provider);
+    const client = await connect(url, provider);
+    t.after(() => client.close());
     const { structuredContent } = await client.callTool({ name: "get_profile" });
     assert.deepEqual(structuredContent, { id: ALICE.sub });
     assert.notEqual(provider.tokens()?.refresh_token, refresh_token);
@@ -240,7 +238,8 @@ for (const kind of KINDS) {
   test(`with ENFORCE_SCOPES the SDK's client asks a ${kind} tenant for what the tools need`, async (t) => {
     const { url } = await start(t, kind, { ENFORCE_SCOPES: "true" });
     const provider = new Provider();
-    const client = await connect(t, url, provider, ALICE);
+    const client = await connect(url, provider, ALICE);
+    t.after(() => client.close());
     assert.deepEqual(provider.tokens()?.scope?.split(" ").toSorted(), [
       "offline_access",
       "tasks:read",
@@ -347,54 +346,8 @@ test("a machine-to-machine token uses the tools as a user of its own", async (t)
   });
   const provider = new Provider();
   provider.saveTokens(await reply.json());
-  const client = await connect(t, url, provider);
+  const client = await connect(url, provider);
+  t.after(() => client.close());
   const { structuredContent } = await client.callTool({ name: "get_profile" });
   assert.deepEqual(structuredContent, { id: "machine@clients" });
 });
-
-/** What an application on the SDK's client has to bring along: a place for its tokens, and a browser. */
-class Provider implements OAuthClientProvider {
-  readonly redirectUrl = "http://localhost:1/callback";
-  readonly clientMetadata = { client_name: "SDK", redirect_uris: [this.redirectUrl] };
-  authorizationUrl: URL | undefined;
-  #client: OAuthClientInformationMixed | undefined;
-  #tokens: OAuthTokens | undefined;
-  #verifier = "";
-
-  clientInformation() {
-    return this.#client;
-  }
-  saveClientInformation(client: OAuthClientInformationMixed) {
-    this.#client = client;
-  }
-  tokens() {
-    return this.#tokens;
-  }
-  saveTokens(tokens: OAuthTokens) {
-    this.#tokens = tokens;
-  }
-  redirectToAuthorization(url: URL) {
-    this.authorizationUrl = url;
-  }
-  codeVerifier() {
-    return this.#verifier;
-  }
-  saveCodeVerifier(verifier: string) {
-    this.#verifier = verifier;
-  }
-}
-
-/** Connects the SDK's client; with `user`, expects to be sent to the sign-in page first. */
-async function connect(t: TestContext, url: string, provider: Provider, user?: User): Promise<Client> {
-  const client = new Client({ name: "SDK", version: "1.0.0" });
-  t.after(() => client.close());
-  const transport = () => new StreamableHTTPClientTransport(new URL(url), { authProvider: provider });
-  if (user) {
-    const first = transport();
-    await assert.rejects(client.connect(first), UnauthorizedError);
-    const callback = await signIn(provider.authorizationUrl ?? "", user);
-    await first.finishAuth(callback.searchParams.get("code") ?? "");
-  }
-  await client.connect(transport());
-  return client;
-}

@@ -87,7 +87,7 @@ export interface Hop {
   failed: boolean;
 }
 
-/** The fields of ChatGPT's "New App" form, the browser, and somebody who looks on. */
+/** The fields of ChatGPT's form for a custom MCP server, the browser, and somebody who looks on. */
 export interface ConnectorOptions {
   mcpServerUrl: string;
   /** Shows the user a page, and returns the callback URL where that ends. */
@@ -131,7 +131,7 @@ export class Connector {
   readonly #callbackId: string;
   #link: Link | undefined;
   /** What a tool's challenge has asked for: part of the next link. */
-  #challengedScopes: string[] = [];
+  readonly #challengedScopes: string[] = [];
 
   constructor(options: ConnectorOptions) {
     this.#options = options;
@@ -166,7 +166,7 @@ export class Connector {
     return this.#hop(9, "Tool call", `tools/call ${name} ${JSON.stringify(input)}`, async () => {
       const result = await this.#call(name, input);
       const challenges = z.array(z.string()).safeParse(result._meta?.["mcp/www_authenticate"]).data ?? [];
-      this.#challengedScopes = challenges.flatMap((challenge) => readChallenge(challenge).scope ?? []);
+      this.#challengedScopes.push(...challenges.flatMap((one) => readChallenge(one).scope ?? []));
       return [result, JSON.stringify(result.structuredContent ?? result.content)];
     });
   }

@@ -22,8 +22,8 @@ ${users.map(({ email }) => `<option value="${escapeAttribute(email)}">`).join(""
 </datalist>
 <p id="hint">This stand-in tenant knows ${escapeHtml(users.map(({ email }) => email).join(" and "))}, and
 needs no password.</p>
-<p>It will be allowed:</p>
-<ul>${scopes.map((scope) => `<li>${escapeHtml(scope)}</li>`).join("")}</ul>
+<p>${scopes.length > 0 ? "It will be allowed:" : "It asks for no scope."}</p>
+<ul role="list">${scopes.map((scope) => `<li>${escapeHtml(scope)}</li>`).join("")}</ul>
 <button name="decision" value="accept">Accept</button>
 <button name="decision" value="decline" class="quiet" formnovalidate>Decline</button>
 </form>`,
@@ -43,19 +43,21 @@ export function pageText(html: string): string {
 }
 
 const STYLE = `
-:root { color-scheme: light dark; --accent: light-dark(#3f3fbf, #b3b3ff); --on-accent: light-dark(#fff, #111); }
+:root { color-scheme: light dark; --accent: #3f3fbf; --on-accent: #fff; --problem: #b00020; }
+@media (prefers-color-scheme: dark) { :root { --accent: #b3b3ff; --on-accent: #111; --problem: #ff9b9b; } }
 * { box-sizing: border-box; }
 body { margin: 0; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 main { max-width: 28rem; margin: 0 auto; padding: 1.5rem 1rem; }
-h1 { line-height: 1.2; }
+h1 { margin-top: 0; line-height: 1.2; }
 label { font-weight: 600; }
 input, button { display: block; width: 100%; min-height: 3rem; padding: 0 .75rem; margin: .5rem 0; font: inherit;
   border: 2px solid var(--accent); border-radius: .5rem; }
 button { background: var(--accent); color: var(--on-accent); font-weight: 600; cursor: pointer; }
 button.quiet { background: transparent; color: inherit; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 3px; }
-ul { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; padding-left: 1.25rem; }
-.problem { color: light-dark(#b00020, #ff9b9b); font-weight: 600; }
+ul { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none; }
+li { padding: 0 .5rem; border: 1px solid; border-radius: .5rem; }
+.problem { color: var(--problem); font-weight: 600; }
 `;
 
 function page(title: string, body: string, status: number): Response {
