@@ -15,6 +15,7 @@ import { challenge } from "../auth.ts";
 import { environment } from "../server.ts";
 import { openTaskStore, requestedScopes, RESOURCE_NAME } from "../tools.ts";
 import type { TaskStore } from "../tools.ts";
+import { dev } from "./run/dev.ts";
 import { freePort, post, RUNTIME_FLAGS, startServer } from "./support/server.ts";
 import { runSetup, startManagedTenant } from "./support/setup.ts";
 import { isStrict, settingsFor } from "./support/tenant-settings.ts";
@@ -197,11 +198,39 @@ test("the table of ways says what the tests walk: what each kind of client needs
 });
 
 describe("Step 6, pasted into a shell", () => {
-  /** Runs the block, as it stands, beside a `.env` with what editors and passwords make of one. */
-  async function paste(t: TestContext, secret: string) {
+  /** Runs the block as it stands, beside this `.env`. */
+  async function paste(t: TestContext, env: string) {
+    const directory = await temporaryDirectory(t);
+    await writeFile(join(directory, ".env"), env);
+    const script = `${block("sh", "client_credentials")}\nset > variables`;
+    const options = { cwd: directory, env: { PATH: process.env.PATH } };
+    const { stdout } = await promisify(execFile)("sh", ["-c", script], options);
+    return { stdout, variables: readFileSync(join(directory, "variables"), "utf8") };
+  }
+
+  /** What `npm run dev` prints for `.env`. */
+  async function startDev(t: TestContext): Promise<string> {
+    const ports = { PORT: String(await freePort()), TENANT_PORT: String(await freePort()) };
+    let printed = "";
+    const stop = await dev([], { ...ports, LOG_LEVEL: "silent" }, (text) => printed += text);
+    t.after(stop);
+    return [...printed.matchAll(/^ +[A-Z0-9_]+=.*$/gm)].join("\n");
+  }
+
+  test("calls a tool of what npm run dev prints", async (t) => {
+    const { stdout } = await paste(t, await startDev(t));
+    assert.equal(JSON.parse(stdout).result.structuredContent.task.title, "Written with curl");
+  });
+
+  test("says what Auth0 said when it gave no token, and calls nothing", async (t) => {
+    const { stdout } = await paste(t, `${await startDev(t)}x`);
+    assert.match(stdout, /^Auth0 gave no token: \{"error":"invalid_client".*\}\n$/);
+  });
+
+  test("takes a .env with quotes, spaces and CRLF, and leaves nothing of it in the shell", async (t) => {
     const port = await freePort();
     const url = `http://localhost:${port}/mcp`;
-    const tenant = await startTenant(configuredTenant("permissive", url));
+    const tenant = await startTenant(configuredTenant("strict", url));
     t.after(() => tenant.close());
     const server = await startServer({ AUTH0_DOMAIN: tenant.origin, MCP_SERVER_URL: url });
     t.after(server.close);
@@ -209,30 +238,16 @@ describe("Step 6, pasted into a shell", () => {
     assert.ok(machine);
     machine.clientSecret = "a secret & more # than that";
 
-    const directory = await temporaryDirectory(t);
     const lines = [
       "# Settings",
       `AUTH0_DOMAIN=${tenant.origin}`,
       `MCP_SERVER_URL = "${url}"`,
       `AUTH0_CLIENT_ID=${machine.clientId}`,
-      `AUTH0_CLIENT_SECRET='${secret}'`,
+      `AUTH0_CLIENT_SECRET='${machine.clientSecret}'`,
     ];
-    await writeFile(join(directory, ".env"), `${lines.join("\r\n")}\r\n`);
-    const script = `${block("sh", "client_credentials")}\nset > variables`;
-    const options = { cwd: directory, env: { PATH: process.env.PATH } };
-    const { stdout } = await promisify(execFile)("sh", ["-c", script], options);
-    return { stdout, variables: readFileSync(join(directory, "variables"), "utf8") };
-  }
-
-  test("calls a tool, and leaves nothing of .env in the shell", async (t) => {
-    const { stdout, variables } = await paste(t, "a secret & more # than that");
+    const { stdout, variables } = await paste(t, `${lines.join("\r\n")}\r\n`);
     assert.equal(JSON.parse(stdout).result.structuredContent.task.title, "Written with curl");
     assert.doesNotMatch(variables, /^(AUTH0_|MCP_|token|answer)/m);
-  });
-
-  test("says what Auth0 said when it gave no token, and calls nothing", async (t) => {
-    const { stdout } = await paste(t, "another");
-    assert.match(stdout, /^Auth0 gave no token: \{"error":"invalid_client".*\}\n$/);
   });
 });
 
