@@ -4,7 +4,7 @@ import type { ServerResponse } from "node:http";
 import { after, afterEach, before, beforeEach, test } from "node:test";
 import type { TestContext } from "node:test";
 import { createAuthenticator } from "../auth.ts";
-import { post, startServer } from "./support/server.ts";
+import { logOf, post, startServer } from "./support/server.ts";
 import type { RunningServer } from "./support/server.ts";
 import { startTenant } from "./support/tenant.ts";
 import type { Tenant } from "./support/tenant.ts";
@@ -37,13 +37,6 @@ const signed = (claims = {}) => tenant.sign({ aud: server.url, ...claims });
 const call = (token: string) => post(server.url, token, "ping");
 
 const statusOf = async (token: string) => (await call(token)).status;
-
-/** What the server writes to its log from now on. */
-function logOf(t: TestContext): string[] {
-  const lines: string[] = [];
-  t.mock.method(process.stderr, "write", (line: string) => lines.push(line));
-  return lines;
-}
 
 /** Stops the clock, and gives back what moves it on. */
 function stopClock(t: TestContext): (milliseconds: number) => void {

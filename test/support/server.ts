@@ -2,9 +2,11 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import type { Server } from "node:http";
+import { isBuiltin } from "node:module";
 import { createServer as createNetServer } from "node:net";
 import type { AddressInfo } from "node:net";
 import { createInterface } from "node:readline";
+import type { TestContext } from "node:test";
 import { createServer, readSettings } from "../../server.ts";
 import { openTaskStore } from "../../tools.ts";
 import type { TaskStore } from "../../tools.ts";
@@ -13,6 +15,9 @@ import type { TaskStore } from "../../tools.ts";
 export const RUNTIME_FLAGS = "Deno" in globalThis
   ? ["run", "-A"]
   : process.execArgv.filter((flag) => !flag.startsWith("--test"));
+
+/** Why a test of SQLite is skipped, or false where it runs. */
+export const noSqlite = !isBuiltin("node:sqlite") && "this runtime has no node:sqlite";
 
 /** A port that is free now. MCP_SERVER_URL holds the port, so it has to be known before the server exists. */
 export async function freePort(): Promise<number> {
@@ -66,6 +71,13 @@ export async function startServer(
   };
 }
 
+/** The lines that servers in this process write to their log from now on, until the test ends. */
+export function logOf(t: TestContext): string[] {
+  const lines: string[] = [];
+  t.mock.method(process.stderr, "write", (line: string) => lines.push(line));
+  return lines;
+}
+
 export interface ServerProcess {
   pid: number;
   kill(signal: NodeJS.Signals): void;
@@ -111,15 +123,25 @@ export function spawnServer(
   return { pid, kill, lines, ready: Promise.race([listening, exited]), exited };
 }
 
-/** Sends a message as a client of MCP does. */
-export function post(url: string, token: string, method: string, params: unknown = {}): Promise<Response> {
+/** What a client of MCP sends with every message. */
+export const clientHeaders = (token: string) => ({
+  authorization: `Bearer ${token}`,
+  accept: "application/json, text/event-stream",
+  "content-type": "application/json",
+});
+
+/** Sends a message as a client of MCP does, with further headers or other ones. */
+export function post(
+  url: string,
+  token: string,
+  method: string,
+  params: unknown = {},
+  { headers, signal }: { headers?: Record<string, string>; signal?: AbortSignal } = {},
+): Promise<Response> {
   return fetch(url, {
     method: "POST",
-    headers: {
-      authorization: `Bearer ${token}`,
-      accept: "application/json, text/event-stream",
-      "content-type": "application/json",
-    },
+    headers: { ...clientHeaders(token), ...headers },
     body: JSON.stringify({ jsonrpc: "2.0", id: 1, method, params }),
+    ...(signal && { signal }),
   });
 }
