@@ -1,187 +1,199 @@
 /**
  * An MCP server that signs ChatGPT users in through Auth0. One request's path:
  *
- *   HTTP request -> `handle` (this file): Origin, route, method, size, JSON
+ *   HTTP request -> `handle` (this file): Origin, route
  *                -> `authenticate` (auth.ts): who is it?
- *                -> `exchange` (this file): the messages through a fresh MCP server
+ *                -> `serveMcp` (this file): the message through a fresh MCP server
  *                -> a tool (tools.ts): what may they do, with whose tasks?
  *                -> HTTP reply
  *
- * Runs as it is on `tsx server.ts`, `node server.ts` (22.18 and later) and `deno run -A server.ts`.
+ * Left out: TLS, rate limits and address lists, which are a proxy's work; sessions and event streams, since every
+ * request is answered by itself, in JSON.
  */
 import { once } from "node:events";
-import { realpathSync } from "node:fs";
+import { existsSync, readFileSync, realpathSync } from "node:fs";
 import * as http from "node:http";
-import * as net from "node:net";
 import { fileURLToPath } from "node:url";
-// @ts-types="@modelcontextprotocol/sdk/inMemory"
-import { InMemoryTransport } from "@modelcontextprotocol/sdk/inMemory.js";
-// @ts-types="@modelcontextprotocol/sdk/server/mcp"
-import type { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
+import { parseEnv } from "node:util";
 // @ts-types="@modelcontextprotocol/sdk/shared/mediaType"
 import { isJsonContentType } from "@modelcontextprotocol/sdk/shared/mediaType.js";
+// @ts-types="@modelcontextprotocol/sdk/shared/transport"
+import type { Transport } from "@modelcontextprotocol/sdk/shared/transport.js";
 // @ts-types="@modelcontextprotocol/sdk/types"
 import * as mcp from "@modelcontextprotocol/sdk/types.js";
 import { z } from "zod";
-import {
-  AuthError,
-  challenge,
-  createAuthenticator,
-  metadataUrl,
-  protectedResourceMetadata,
-  reason,
-} from "./auth.ts";
+import { AuthError, createAuthenticator, metadataUrl, protectedResourceMetadata, reason } from "./auth.ts";
 import type { Caller } from "./auth.ts";
-import { createMcpServerFactory, openTaskStore, requestedScopes } from "./tools.ts";
+import { createMcpServerFactory, databaseUrlSchema, openTaskStore } from "./tools.ts";
+import { requestedScopes, RESOURCE_NAME } from "./tools.ts";
 import type { TaskStore } from "./tools.ts";
 
-// --------------------------------------------------------------------------------------------- settings
+// -------------------------------------------------------------------------------------------------- settings
 
-export interface Settings {
-  /** `https://<AUTH0_DOMAIN>/` */
-  issuer: string;
-  /** MCP_SERVER_URL, character for character: audience, resource and API Identifier in one. */
-  serverUrl: string;
-  port: number;
-  host: string;
-  databaseUrl: string | undefined;
-  enforceScopes: boolean;
-  allowedOrigins: string[];
-  logLevel: "silent" | "info" | "debug";
-}
-
-const isLoopback = (hostname: string) => /^(localhost|127(\.\d+){3}|\[::1\])$/.test(hostname);
-
-const parseUrl = (text: string) => URL.canParse(text) ? new URL(text) : undefined;
-
-function isDomain(text: string): boolean {
-  const url = parseUrl(text);
-  if (url !== undefined && isLoopback(url.hostname)) return url.origin === text; // the stand-in tenant
-  return /^([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$/.test(text);
-}
-
-function isServerUrl(text: string): boolean {
-  const url = parseUrl(text);
-  if (url === undefined || url.href !== text) return false; // clients would write it otherwise than the tenant
-  const isSafe = url.protocol === "https:" || (url.protocol === "http:" && isLoopback(url.hostname));
-  return isSafe && text === url.origin + url.pathname && !text.endsWith("/");
-}
-
-const isPort = (text: string) => /^\d{1,5}$/.test(text) && Number(text) <= 65_535;
-
-const isDatabaseUrl = (text: string) => /^(file:.+|memory:|postgres(ql)?:\/\/.+)$/.test(text);
-
-const splitOrigins = (text: string) =>
-  text.split(",").map((origin) => origin.trim()).filter((origin) => origin !== "");
-
-const areOrigins = (text: string) =>
-  splitOrigins(text).every((origin) => parseUrl(origin)?.origin === origin);
-
-const value = (isValid: (text: string) => boolean, expected: string) =>
-  z.string(expected).refine(isValid, expected);
-
-const environment = z.object({
-  AUTH0_DOMAIN: value(
-    isDomain,
-    "the tenant's domain and nothing else, such as your-tenant.us.auth0.com: no https://, no slash, lower case",
+/** The environment. An error names the first rule that is broken; the description says what a value must be. */
+export const environment = z.object({
+  AUTH0_DOMAIN: z.string().superRefine(firstBroken({
+    "begins with a scheme": (text) => text.includes("://") && !isLoopback(hostOf(text)), // but for the stand-in tenant
+    "holds a slash": (text) => text.replace("://", "").includes("/"),
+    "holds a capital letter": (text) => /[A-Z]/.test(text),
+    "is no domain": (text) =>
+      !text.includes("://") && !/^([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$/.test(text),
+  })).describe("the tenant's domain and nothing else, such as your-tenant.us.auth0.com"),
+  MCP_SERVER_URL: z.string().superRefine(firstBroken({
+    "is no URL": (text) => !URL.canParse(text),
+    "is not https": (text) =>
+      !text.startsWith("https:") && !(text.startsWith("http:") && isLoopback(hostOf(text))),
+    "has a query or a fragment": (text) => /[?#]/.test(text),
+    "has no path": (text) => new URL(text).pathname === "/",
+    "ends in a slash": (text) => text.endsWith("/"),
+    "holds a user": (text) => new URL(text).username !== "",
+    // Clients would write it as a URL parser does, and the tenant compares characters.
+    "is not in its normal form": (text) => new URL(text).href !== text,
+  })).describe(
+    "the public URL of the MCP endpoint, such as https://your-domain.com/mcp: https, a path, no slash at the end, no " +
+      "query, the host in lower case and without a default port",
   ),
-  MCP_SERVER_URL: value(
-    isServerUrl,
-    "the public URL of the MCP endpoint, such as https://your-domain.com/mcp: https, a path, no slash at the end, " +
-      "no query, no fragment, the host in lower case and without a default port",
-  ),
-  PORT: value(isPort, "a port number, 0 to 65535").default("3000"),
+  PORT: z.string().regex(/^\d{1,5}$/, { error: "is no number", abort: true }).transform(Number)
+    .refine((port) => port <= 65_535, "is too large").default(3000).describe("a port number, 0 to 65535"),
   HOST: z.string().default("127.0.0.1"),
-  DATABASE_URL: value(isDatabaseUrl, "file:tasks.db, memory: or postgres://user:password@host/database")
-    .optional(),
-  ENFORCE_SCOPES: z.enum(["true", "false"], "true or false").default("false"),
-  ALLOWED_ORIGINS: value(
-    areOrigins,
-    "origins such as https://example.com, comma separated: no path, no slash",
-  ).default(""),
-  LOG_LEVEL: z.enum(["silent", "info", "debug"], "silent, info or debug").default("info"),
+  DATABASE_URL: databaseUrlSchema.optional(),
+  ENFORCE_SCOPES: z.enum(["true", "false"], "is neither").default("false").transform((text) =>
+    text === "true"
+  )
+    .describe("true or false"),
+  ALLOWED_ORIGINS: z.string().default("").transform((text) =>
+    text.split(",").map((one) => one.trim()).filter(Boolean)
+  )
+    .refine(
+      (origins) => origins.every((origin) => /^[a-z][a-z\d+.-]*:\/\/[^\s/?#@A-Z]+$/.test(origin)),
+      "holds another",
+    )
+    .describe("origins such as https://example.com, comma separated: no path, no slash, lower case"),
+  OPENAI_APPS_CHALLENGE: z.string().optional(),
+  LOG_LEVEL: z.enum(["silent", "info", "debug"], "is none of them").default("info")
+    .describe("silent, info or debug"),
 });
 
+const settingsSchema = environment.transform((env) => ({
+  /** `https://<AUTH0_DOMAIN>/`. */
+  issuer: env.AUTH0_DOMAIN.includes("://") ? `${env.AUTH0_DOMAIN}/` : `https://${env.AUTH0_DOMAIN}/`,
+  serverUrl: env.MCP_SERVER_URL,
+  port: env.PORT,
+  host: env.HOST,
+  databaseUrl: env.DATABASE_URL,
+  enforceScopes: env.ENFORCE_SCOPES,
+  allowedOrigins: env.ALLOWED_ORIGINS,
+  openaiAppsChallenge: env.OPENAI_APPS_CHALLENGE,
+  logLevel: env.LOG_LEVEL,
+}));
+export type Settings = z.output<typeof settingsSchema>;
+
+type Environment = Record<string, string | undefined>;
+
 /**
- * Reads the settings. A variable that is set to nothing counts as not set.
+ * Reads the settings. A variable that is set to nothing, or to the README's example, counts as not set.
  *
- * @throws {Error} A line for each value that is missing or malformed: what it is, and what it must look like.
+ * @throws {Error} A line for each value that is missing or malformed: its name, the rule it breaks, what it must be.
  */
-export function readSettings(env: Record<string, string | undefined>): Settings {
-  const given = Object.fromEntries(Object.entries(env).filter(([, text]) => text !== ""));
-  const { data, error } = environment.safeParse(given);
-  if (data === undefined) {
-    const lines = error.issues.map(({ path, message }) => {
-      const name = path.join();
-      // A database URL may hold a password: it is not repeated.
-      const found = given[name] === undefined
-        ? "missing"
-        : name === "DATABASE_URL"
-        ? "malformed"
-        : `'${given[name]}'`;
-      return `${name} is ${found}: it must be ${message}`;
-    });
-    throw new Error(lines.join("\n"));
-  }
-  const { AUTH0_DOMAIN: domain } = data;
-  return {
-    issuer: domain.includes("://") ? `${domain}/` : `https://${domain}/`,
-    serverUrl: data.MCP_SERVER_URL,
-    port: Number(data.PORT),
-    host: data.HOST,
-    databaseUrl: data.DATABASE_URL,
-    enforceScopes: data.ENFORCE_SCOPES === "true",
-    allowedOrigins: splitOrigins(data.ALLOWED_ORIGINS),
-    logLevel: data.LOG_LEVEL,
+export function readSettings(env: Environment): Settings {
+  const isExample = (text: string) => /^your-tenant\.|^https:\/\/your-domain\.com\b/.test(text);
+  const given = Object.fromEntries(Object.entries(env).filter(([, text]) => text && !isExample(text)));
+  const { success, data, error } = settingsSchema.safeParse(given);
+  if (success) return data;
+  const lines = error.issues.map(({ path, message }) => {
+    const name = path[0] as keyof typeof environment.shape;
+    const found = given[name] === undefined
+      ? `missing${env[name] ? `, since '${env[name]}' is the README's example` : ""}`
+      : `${mayBeSecret(name) ? "set, but" : `'${given[name]}', which`} ${message}`;
+    return `${name} is ${found}: it must be ${environment.shape[name].description}`;
+  });
+  throw new Error(lines.join("\n"));
+}
+
+/**
+ * Reads `.env` in the working directory under the real environment, which wins. In both, set to nothing is not set.
+ *
+ * @returns The two in one, and a line for each name that they set to different values.
+ */
+export function readEnvironment(): { env: Environment; differences: string[] } {
+  const text = existsSync(".env") ? readFileSync(".env", "utf8").replace(/^\uFEFF/, "") : "";
+  const isSet = ([, value]: [string, unknown]) => value !== "";
+  const real: Environment = Object.fromEntries(Object.entries(process.env).filter(isSet));
+  const file: Environment = Object.fromEntries(Object.entries(parseEnv(text)).filter(isSet));
+  const differing = Object.keys(file).filter((name) => real[name] !== undefined && real[name] !== file[name]);
+  const differences = differing.map((name) => {
+    const [counts, other] = mayBeSecret(name) ? ["", ""] : [` '${real[name]}'`, ` '${file[name]}'`];
+    return `${name}: the environment's value${counts} counts, not${other || " that"} of .env`;
+  });
+  return { env: { ...file, ...real }, differences };
+}
+
+/** Whether a value may be none for the log. */
+function mayBeSecret(name: string): boolean {
+  return !(name in environment.shape) || name === "DATABASE_URL" || name === "OPENAI_APPS_CHALLENGE";
+}
+
+function firstBroken(rules: Record<string, (text: string) => boolean>) {
+  return (text: string, { addIssue }: z.RefinementCtx) => {
+    const broken = Object.entries(rules).find(([, isBroken]) => isBroken(text));
+    if (broken) addIssue(broken[0]);
   };
 }
 
-// ------------------------------------------------------------------------------------------------- HTTP
-
-const MAX_BODY_BYTES = 1024 * 1024;
-const MAX_BATCH = 100; // as the SDK's own transport
-
-interface Refusal {
-  status: number;
-  message: string;
-  headers: Record<string, string>;
-  /** Of the JSON-RPC error in the body. */
-  code: number;
+function hostOf(url: string): string {
+  return URL.canParse(url) ? new URL(url).hostname : "";
 }
 
+function isLoopback(hostname: string): boolean {
+  return /^(localhost|127(\.\d+){3}|\[::1\])$/.test(hostname);
+}
+
+// ------------------------------------------------------------------------------------------------------ HTTP
+
+const MAX_BODY_BYTES = 1024 * 1024;
+
+const LIMITS: http.ServerOptions = {
+  maxHeaderSize: 16 * 1024, // bytes; a token of Auth0's has 1 to 2 KiB
+  headersTimeout: 10_000, // milliseconds, and so below
+  requestTimeout: 30_000,
+  keepAliveTimeout: 65_000, // proxies keep idle connections for 60 s: closed earlier, one could be in use again
+  connectionsCheckingInterval: 5_000,
+};
+
 /** A request refused for what it is as HTTP. The message is for whoever wrote the client. */
-class HttpError extends Error implements Refusal {
+class HttpError extends Error {
   readonly status: number;
   readonly headers: Record<string, string>;
+  /** `code` and `id` of the JSON-RPC error in the body. */
   readonly code: number;
+  readonly id: string | number | null;
 
-  constructor(status: number, message: string, headers: Record<string, string> = {}, code = -32000) {
+  constructor(
+    status: number,
+    message: string,
+    { headers = {}, code = -32000, id = null }: Partial<HttpError> = {},
+  ) {
     super(message);
     this.status = status;
     this.headers = headers;
     this.code = code;
+    this.id = id;
   }
 }
 
-const FAILURE: Refusal = {
-  status: 500,
-  message: "The server failed; its log says why",
-  headers: {},
-  code: mcp.ErrorCode.InternalError,
-};
-
-/** What the log says of a request; filled in on the way. */
-interface Visit {
-  call: string;
+interface Reply {
+  status: number;
+  headers?: Record<string, string>;
+  /** Text is sent as it is, and anything else as JSON. */
+  body?: unknown;
+  /** For the log: the MCP method, who called, why it was refused. */
+  call?: string;
   caller?: Caller;
   refusal?: string;
 }
 
-type Route = (
-  request: http.IncomingMessage,
-  response: http.ServerResponse,
-  visit: Visit,
-) => void | Promise<void>;
+/** @param signal Aborted when the client has gone. */
+type Route = (request: http.IncomingMessage, signal: AbortSignal) => Reply | Promise<Reply>;
 
 /**
  * Makes the server, not yet listening, so that tests can start the real one on a port of their own.
@@ -189,46 +201,34 @@ type Route = (
  * @param store Stays the caller's to close.
  */
 export function createServer(settings: Settings, store: TaskStore): http.Server {
-  const { issuer, serverUrl, enforceScopes } = settings;
+  const { issuer, serverUrl, enforceScopes, openaiAppsChallenge } = settings;
   const log = createLog(settings.logLevel);
-  const tenant = { issuer, audience: serverUrl, warn: log.info };
-  const authenticate = createAuthenticator(tenant);
-  const createMcpServer = createMcpServerFactory({ resource: serverUrl, enforceScopes, warn: log.info });
-  const isHealthy = createHealthCheck(store);
+  const resource = { issuer, url: serverUrl, name: RESOURCE_NAME, scopes: requestedScopes(enforceScopes) };
+  const authenticate = createAuthenticator(resource, log.info);
+  const createMcpServer = createMcpServerFactory({ resource, enforceScopes, warn: log.info });
 
-  const { origin: serverOrigin, pathname: mcpPath } = new URL(serverUrl);
-  const origins = new Set([serverOrigin, "https://chatgpt.com", ...settings.allowedOrigins]);
-  const metadata = protectedResourceMetadata(tenant, "Tasks", requestedScopes(settings));
-  const welcome = `An MCP server for ChatGPT, with users signed in through Auth0.
-
-Paste this URL into ChatGPT (README, Step 7):
-
-  ${serverUrl}
-
-Who signs users in: ${issuer}
-What a client reads first: ${metadataUrl(serverUrl)}
-`;
-
-  const showMetadata = readOnly((response) => reply(response, 200, metadata));
+  const metadata = readOnly(() => ({
+    status: 200,
+    body: protectedResourceMetadata(resource),
+    headers: { "Access-Control-Allow-Origin": "*" },
+  }));
   const routes = new Map<string, Route>([
-    ["/", readOnly((response) => reply(response, 200, welcome))],
-    [
-      "/healthz",
-      readOnly(async (response) => {
-        const isUp = server.listening && await isHealthy();
-        reply(response, isUp ? 200 : 503, isUp ? "ok\n" : "not ok\n");
-      }),
-    ],
-    ["/.well-known/oauth-protected-resource", showMetadata],
-    [new URL(metadataUrl(serverUrl)).pathname, showMetadata],
-    [mcpPath, serveMcp],
+    [normalPath(new URL(serverUrl).pathname), serveMcp],
+    [normalPath(new URL(metadataUrl(serverUrl)).pathname), metadata],
+    ["/.well-known/oauth-protected-resource", metadata],
+    ["/.well-known/openai-apps-challenge", readOnly(showAppsChallenge)],
+    ["/health", readOnly(checkHealth)],
+    ["/", readOnly(() => ({ status: 200, body: welcome(settings) }))],
   ]);
+  const origins = new Set([new URL(serverUrl).origin, "https://chatgpt.com", ...settings.allowedOrigins]);
 
-  async function handle(request: http.IncomingMessage, response: http.ServerResponse, visit: Visit) {
+  async function handle(request: http.IncomingMessage, response: http.ServerResponse, signal: AbortSignal) {
+    const route = routes.get(pathOf(request));
     const { origin } = request.headers;
-    // A page in the user's browser must not reach a server it was not meant for (MCP, Streamable HTTP, Security).
-    if (origin !== undefined) {
-      if (!origins.has(origin) && !isLoopback(parseUrl(origin)?.hostname ?? "")) {
+    if (origin !== undefined && route !== metadata) {
+      // A page in the user's browser must not reach a server it was not meant for (MCP, Streamable HTTP, Security).
+      const isLocal = /^https?:/.test(origin) && isLoopback(hostOf(origin));
+      if (!isLocal && !origins.has(origin)) {
         throw new HttpError(403, `Origin ${origin} is not allowed: add it to ALLOWED_ORIGINS`);
       }
       response.setHeader("Access-Control-Allow-Origin", origin);
@@ -238,98 +238,87 @@ What a client reads first: ${metadataUrl(serverUrl)}
       );
       response.setHeader("Vary", "Origin");
     }
-    const route = routes.get(pathOf(request));
     if (route === undefined) {
       throw new HttpError(404, `Nothing is served here. The MCP endpoint is ${serverUrl}`);
     }
-    if (request.method === "OPTIONS") return answerPreflight(response);
-    await route(request, response, visit);
+    return request.method === "OPTIONS"
+      ? preflight(request, route === metadata ? "*" : origin)
+      : route(request, signal);
   }
 
-  async function serveMcp(request: http.IncomingMessage, response: http.ServerResponse, visit: Visit) {
-    const caller = visit.caller = await authenticate(request.headers.authorization);
-    // Stateless: there is no stream to open with GET and no session to end with DELETE.
-    if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { Allow: "POST" });
-    const messages = readMessages(request.headers, await readJson(request));
-    const requests = messages.filter((message) => "method" in message && "id" in message);
-    const tools = requests.flatMap(({ method, params }) =>
-      method === "tools/call" && typeof params?.name === "string" ? [params.name] : []
-    );
-    const methods = messages.map((message) => "method" in message ? message.method : "reply");
-    visit.call = [...methods, ...tools].join(" ").slice(0, 200);
-
-    const server = createMcpServer(caller, store, tools);
-    // Once it has replied it holds nothing open; to close it then would only build errors that nobody reads.
-    response.on("close", () => response.writableFinished || void server.close());
-    const replies = await exchange(server, messages, requests.length);
-    if (replies.length === 0) response.writeHead(202).end();
-    else reply(response, 200, replies.length === 1 ? replies[0] : replies);
-  }
-
-  function refuse(error: unknown, response: http.ServerResponse, visit: Visit) {
-    visit.refusal = reason(error);
-    if (response.headersSent || response.destroyed || response.socket?.destroyed) { // the last is Deno's sign
-      response.destroy();
-    } else if (error instanceof AuthError) {
-      const { status, code, message } = error;
-      const header = challenge(serverUrl, code && { error: code, error_description: message });
-      const headers = status === 401 ? { "WWW-Authenticate": header } : { "Retry-After": "5" };
-      replyError(response, { status, message, headers, code: -32000 });
-    } else {
-      replyError(response, error instanceof HttpError ? error : FAILURE);
+  async function serveMcp(request: http.IncomingMessage, signal: AbortSignal): Promise<Reply> {
+    const [authorization, ...others] = new Set(request.headersDistinct.authorization);
+    if (others.length > 0) {
+      throw new HttpError(400, "Two different Authorization headers: which one counts would be a guess");
     }
+    const caller = await authenticate(authorization);
+    if (request.method !== "POST") {
+      throw new HttpError(405, "Only POST is served here: there are no streams and no sessions", {
+        headers: { Allow: "POST" },
+      });
+    }
+    const message = readMessage(await readJson(request));
+    checkProtocolVersion(request, message);
+
+    const server = createMcpServer(caller, store);
+    const transport = new PostTransport();
+    await server.connect(transport);
+    // Closed only where the client has gone: after its reply a server holds nothing, and closing costs 10 % of a call.
+    signal.addEventListener("abort", () => void server.close());
+    const body = await transport.exchange(message);
+    return { status: body === undefined ? 202 : 200, body, call: nameOf(message), caller };
+  }
+
+  async function checkHealth(): Promise<Reply> {
+    const isUp = server.listening && await store.check().then(() => true, () => false);
+    return isUp ? { status: 200, body: "ok\n" } : { status: 503, body: "not ok\n" };
+  }
+
+  function showAppsChallenge(): Reply {
+    if (openaiAppsChallenge === undefined) throw new HttpError(404, "OPENAI_APPS_CHALLENGE is not set");
+    return { status: 200, body: openaiAppsChallenge };
   }
 
   const server = http.createServer(LIMITS, async (request, response) => {
     const started = performance.now();
-    const visit: Visit = { call: "" };
-    if (!server.listening) response.setHeader("Connection", "close"); // see `stop`
-    try {
-      await handle(request, response, visit);
-    } catch (error) {
-      refuse(error, response, visit);
-    }
-    const { call, caller, refusal } = visit;
-    const write = refusal === undefined ? log.debug : log.info;
+    const gone = new AbortController();
+    response.on("close", () => response.writableFinished || gone.abort());
+    const reply = await handle(request, response, gone.signal).catch(refuse);
+    if (!gone.signal.aborted) send(response, reply);
+    request.resume(); // what is left of a refused body: a client that is still sending would not see the answer
+
+    const { caller, call, status, refusal } = reply;
+    const write = refusal === undefined || gone.signal.aborted ? log.debug : log.info;
     write(() => {
-      const status = response.headersSent ? response.statusCode : "cut off";
       const time = `${Math.round(performance.now() - started)} ms`;
-      const who = caller === undefined
-        ? ""
-        : `${caller.subject} ${settings.logLevel === "debug" ? JSON.stringify(caller.claims) : ""}`;
-      return [request.method, pathOf(request), call, status, time, who, refusal].filter(Boolean).join(" ");
+      const claims = settings.logLevel === "debug" && caller ? JSON.stringify(caller.claims) : "";
+      const end = gone.signal.aborted ? "the client has gone" : refusal;
+      return [request.method, pathOf(request), call, status, time, caller?.subject, claims, end].filter(
+        Boolean,
+      ).join(" ");
     });
   });
   server.timeout = 120_000; // milliseconds without a byte either way: who never reads a reply holds no socket for ever
   return server;
 }
 
-const LIMITS: http.ServerOptions = {
-  maxHeaderSize: 16 * 1024, // bytes; a token of Auth0's has 1 to 2 KiB
-  headersTimeout: 10_000, // milliseconds, and so below
-  requestTimeout: 30_000,
-  keepAliveTimeout: 65_000, // longer than the usual proxy's: who closes first may cut off the other's request
-  connectionsCheckingInterval: 5_000,
-};
-
-function pathOf(request: http.IncomingMessage): string {
-  return request.url?.split("?", 1)[0] ?? "/"; // the query is never read: tokens in it would end up in logs
+/** A refusal as MCP's clients read it: a JSON-RPC error. */
+function refuse(error: unknown): Reply {
+  const refusal = reason(error);
+  if (error instanceof HttpError || error instanceof AuthError) {
+    const { code, id } = error instanceof HttpError ? error : { code: -32000, id: null };
+    const body = { jsonrpc: "2.0", error: { code, message: error.message }, id };
+    return { status: error.status, headers: error.headers, body, refusal };
+  }
+  const failure = { code: mcp.ErrorCode.InternalError, message: "The server failed; its log says why" };
+  return { status: 500, body: { jsonrpc: "2.0", error: failure, id: null }, refusal };
 }
 
-function readOnly(show: (response: http.ServerResponse) => void | Promise<void>): Route {
-  return (request, response) => {
-    if (request.method === "GET" || request.method === "HEAD") return show(response);
-    throw new HttpError(405, "Only GET is served here", { Allow: "GET, HEAD" });
-  };
-}
-
-/** Sends text as it is, and anything else as JSON. */
-function reply(
-  response: http.ServerResponse,
-  status: number,
-  body: unknown,
-  headers: Record<string, string> = {},
-) {
+function send(response: http.ServerResponse, { status, body, headers = {} }: Reply) {
+  if (body === undefined) {
+    response.writeHead(status, headers).end();
+    return;
+  }
   const [type, text] = typeof body === "string"
     ? ["text/plain; charset=utf-8", body]
     : ["application/json", JSON.stringify(body)];
@@ -342,144 +331,165 @@ function reply(
   response.end(text);
 }
 
-function answerPreflight(response: http.ServerResponse) {
-  response.writeHead(204, {
-    "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers":
-      "Authorization, Content-Type, Accept, MCP-Protocol-Version, Mcp-Session-Id, Last-Event-ID",
-    "Access-Control-Max-Age": "86400",
-  });
-  response.end();
+/** The path to route by, without doubled slashes and one at the end; never the query, since tokens there would be logged. */
+function pathOf({ url = "/" }: http.IncomingMessage): string {
+  const target = url.startsWith("/") ? `http://localhost${url}` : url; // or in absolute form (RFC 9112 §3.2.2)
+  return URL.canParse(target) ? normalPath(new URL(target).pathname) : url.split("?", 1).join();
 }
 
-/** A refusal as MCP's clients read it: a JSON-RPC error that answers no request in particular. */
-function replyError(response: http.ServerResponse, { status, message, headers, code }: Refusal) {
-  reply(response, status, { jsonrpc: "2.0", error: { code, message }, id: null }, headers);
+function normalPath(path: string): string {
+  return path.replace(/\/{2,}/g, "/").replace(/(?<=.)\/$/, "");
+}
+
+function readOnly(show: () => Reply | Promise<Reply>): Route {
+  return ({ method }) => {
+    if (method === "GET" || method === "HEAD") return show();
+    throw new HttpError(405, "Only GET is served here", { headers: { Allow: "GET, HEAD" } });
+  };
+}
+
+/** What a page may send. The token decides about the rest. */
+function preflight({ headers }: http.IncomingMessage, origin = "*"): Reply {
+  return {
+    status: 204,
+    headers: {
+      "Access-Control-Allow-Origin": origin,
+      "Access-Control-Allow-Methods": "GET, POST, DELETE",
+      "Access-Control-Allow-Headers": headers["access-control-request-headers"] ?? "",
+      "Access-Control-Max-Age": "86400",
+    },
+  };
+}
+
+function welcome({ serverUrl, issuer }: Settings): string {
+  const isPublic = !isLoopback(hostOf(serverUrl));
+  return `An MCP server for ChatGPT, with users signed in through Auth0.
+
+${
+    isPublic
+      ? "Paste this URL into ChatGPT (README, Step 7):"
+      : "For an MCP client on this machine (ChatGPT needs a public URL):"
+  }
+
+  ${serverUrl}
+
+Who signs users in: ${issuer}
+What a client reads first: ${metadataUrl(serverUrl)}
+`;
 }
 
 async function readJson(request: http.IncomingMessage): Promise<unknown> {
-  if (!isJsonContentType(request.headers["content-type"])) {
-    throw new HttpError(415, "Content-Type must be application/json");
+  const { "content-type": type, "content-encoding": encoding = "identity" } = request.headers;
+  if (!isJsonContentType(type)) throw new HttpError(415, "Content-Type must be application/json");
+  if (encoding.toLowerCase() !== "identity") {
+    throw new HttpError(415, `Content-Encoding ${encoding} is not read here: send the body as it is`);
   }
   const body = await readBody(request);
   try {
-    return JSON.parse(body);
+    return JSON.parse(new TextDecoder().decode(body)); // which drops a byte order mark
   } catch {
-    throw new HttpError(400, "Parse error: the body is not JSON", {}, mcp.ErrorCode.ParseError);
+    throw new HttpError(400, "Parse error: the body is not JSON", { code: mcp.ErrorCode.ParseError });
   }
 }
 
-/** Counts while the body comes in, whatever Content-Length says. */
-function readBody(request: http.IncomingMessage): Promise<string> {
-  return new Promise((resolve, reject) => {
-    const chunks: Buffer[] = [];
-    let size = 0;
-    const refuse = () => reject(new HttpError(413, `The body must not exceed ${MAX_BODY_BYTES} bytes`));
-    if (Number(request.headers["content-length"]) > MAX_BODY_BYTES) refuse();
-    // What comes after a refusal is read and dropped: a client that is still sending would not see the answer.
-    request.on("data", (chunk: Buffer) => {
-      size += chunk.length;
-      if (size > MAX_BODY_BYTES) refuse();
-      else chunks.push(chunk);
-    });
-    request.on("end", () => resolve(Buffer.concat(chunks).toString()));
-    request.on("error", reject);
-    request.on("close", () => request.readableEnded || reject(new Error("The client has gone")));
-  });
+/** @throws {Error} When the client has gone, even if that was before this was called. */
+async function readBody(request: http.IncomingMessage): Promise<Buffer> {
+  const tooLarge = new HttpError(413, `The body must not exceed ${MAX_BODY_BYTES} bytes`);
+  if (Number(request.headers["content-length"]) > MAX_BODY_BYTES) throw tooLarge;
+  const chunks: Buffer[] = [];
+  let size = 0;
+  for await (const chunk of request.iterator({ destroyOnReturn: false })) { // the answer still has to go out
+    size += chunk.length;
+    if (size > MAX_BODY_BYTES) throw tooLarge;
+    chunks.push(chunk);
+  }
+  return Buffer.concat(chunks);
 }
 
-// -------------------------------------------------------------------------------------------------- MCP
+// ------------------------------------------------------------------------------------------------------- MCP
 
 /**
- * What a POST of MCP Streamable HTTP has to look like, revision 2025-11-25, with the answers of the SDK's own
- * HTTP transport (a test compares the two). That transport is not used itself: it goes through the web's Request
- * and Response, which would double the cost of a call.
- */
-function readMessages(headers: http.IncomingHttpHeaders, body: unknown): mcp.JSONRPCMessage[] {
-  const accept = headers.accept ?? "";
-  if (!accept.includes("application/json") || !accept.includes("text/event-stream")) {
-    throw new HttpError(
-      406,
-      "Not Acceptable: Client must accept both application/json and text/event-stream",
-    );
-  }
-  const batch = Array.isArray(body) ? body : [body];
-  if (batch.length > MAX_BATCH) {
-    throw new HttpError(
-      400,
-      `Invalid Request: Batch must not exceed ${MAX_BATCH} messages`,
-      {},
-      mcp.ErrorCode.InvalidRequest,
-    );
-  }
-  const messages = batch.map((message) => {
-    const { data } = mcp.JSONRPCMessageSchema.safeParse(message);
-    if (data === undefined) {
-      throw new HttpError(400, "Parse error: Invalid JSON-RPC message", {}, mcp.ErrorCode.ParseError);
-    }
-    return data;
-  });
-  // The method first: for every other message the SDK's check would fail, and build a list of reasons.
-  const isInitialize = messages.some((message) =>
-    "method" in message && message.method === "initialize" && mcp.isInitializeRequest(message)
-  );
-  if (isInitialize && messages.length > 1) {
-    throw new HttpError(
-      400,
-      "Invalid Request: Only one initialization request is allowed",
-      {},
-      mcp.ErrorCode.InvalidRequest,
-    );
-  }
-  const revision = headers["mcp-protocol-version"];
-  if (
-    !isInitialize && revision !== undefined && !mcp.SUPPORTED_PROTOCOL_VERSIONS.includes(String(revision))
-  ) {
-    const supported = mcp.SUPPORTED_PROTOCOL_VERSIONS.join(", ");
-    throw new HttpError(
-      400,
-      `Bad Request: Unsupported protocol version: ${revision} (supported versions: ${supported})`,
-    );
-  }
-  return messages;
-}
-
-/**
- * Runs the messages of one request through its server.
+ * The SDK's `Transport` over one POST: one message in, and one reply out if it was a request.
  *
- * @param expected How many of them are requests, each of which gets one reply.
- * @throws {Error} When the server is closed before all replies are there, since the client has gone.
+ * A stateless server that answers in JSON needs no more. The SDK's own HTTP transport would also do sessions, event
+ * streams and resumption; it goes through the web's Request and Response, which doubles the CPU of a call.
+ * Notifications that a tool sends on the way have nowhere to go and are dropped.
  */
-async function exchange(
-  server: McpServer,
-  messages: mcp.JSONRPCMessage[],
-  expected: number,
-): Promise<mcp.JSONRPCMessage[]> {
-  const [client, transport] = InMemoryTransport.createLinkedPair();
-  await server.connect(transport);
-  const replies: mcp.JSONRPCMessage[] = [];
-  return new Promise((resolve, reject) => {
-    client.onmessage = (message) => {
-      const isReply = !("method" in message); // rather than a notification
-      if (isReply && replies.push(message) === expected) resolve(replies);
-    };
-    client.onclose = () => reject(new Error("The client has gone"));
-    for (const message of messages) {
-      // Only a request of the same batch could be cancelled, and would then never get the reply awaited here.
-      if ("method" in message && message.method === "notifications/cancelled") continue;
-      void client.send(message);
-    }
-    if (expected === 0) resolve(replies);
-  });
+class PostTransport implements Transport {
+  onmessage: Transport["onmessage"];
+  onclose: Transport["onclose"];
+  #resolve = (_reply: mcp.JSONRPCMessage | undefined) => {};
+  #reject = (_error: Error) => {};
+
+  async start() {}
+
+  async send(message: mcp.JSONRPCMessage) {
+    if (!("method" in message)) this.#resolve(message);
+  }
+
+  async close() {
+    this.#reject(new Error("The client has gone"));
+    this.onclose?.();
+  }
+
+  /** Hands a message to the server. Resolves with the reply to a request, and at once with nothing otherwise. */
+  exchange(message: mcp.JSONRPCMessage): Promise<mcp.JSONRPCMessage | undefined> {
+    return new Promise((resolve, reject) => {
+      this.#resolve = resolve;
+      this.#reject = reject;
+      this.onmessage?.(message);
+      if (!("method" in message && "id" in message)) resolve(undefined);
+    });
+  }
 }
 
-// ------------------------------------------------------------------------------------------ start, stop
+function readMessage(body: unknown): mcp.JSONRPCMessage {
+  const fields = isRecord(body) ? body : {};
+  // Some clients send null for what they leave out.
+  if (fields.params === null) delete fields.params;
+  if (isRecord(fields.params) && fields.params.arguments === null) delete fields.params.arguments;
+  const { success, data } = mcp.JSONRPCMessageSchema.safeParse(fields);
+  if (success) return data;
+  const { id } = fields;
+  throw new HttpError(
+    400,
+    Array.isArray(body)
+      ? "Invalid Request: a batch, which MCP has not had since revision 2025-06-18. Send one message a POST"
+      : "Invalid Request: the body is JSON, but no JSON-RPC 2.0 message",
+    { code: mcp.ErrorCode.InvalidRequest, id: typeof id === "string" || typeof id === "number" ? id : null },
+  );
+}
 
-type Line = string | (() => string);
+function isRecord(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
 
-/** One line an event, to stderr; `debug` lines are made only where they are wanted. */
+/** Answers as the SDK's transport does: on its very text newer clients fall back to a revision that it speaks. */
+function checkProtocolVersion({ headers }: http.IncomingMessage, message: mcp.JSONRPCMessage) {
+  const isInitialize = "method" in message && message.method === "initialize";
+  const header = headers["mcp-protocol-version"];
+  if (isInitialize || header === undefined) return;
+  const versions = [...new Set(String(header).split(/\s*,\s*/))]; // Node joins repeated headers
+  if (versions.length === 1 && mcp.SUPPORTED_PROTOCOL_VERSIONS.includes(versions[0] ?? "")) return;
+  const supported = mcp.SUPPORTED_PROTOCOL_VERSIONS.join(", ");
+  throw new HttpError(
+    400,
+    `Bad Request: Unsupported protocol version: ${versions.join(", ")} (supported versions: ${supported})`,
+  );
+}
+
+/** For the log: the method, and the tool where one is called. */
+function nameOf(message: mcp.JSONRPCMessage): string {
+  if (!("method" in message)) return "reply";
+  const tool = message.method === "tools/call" ? ` ${message.params?.name}` : "";
+  return `${message.method}${tool}`.slice(0, 200);
+}
+
+// ----------------------------------------------------------------------------------------------- start, stop
+
+/** One line an event, to stderr. */
 function createLog(level: Settings["logLevel"]) {
-  const write = (line: Line) => {
+  const write = (line: string | (() => string)) => {
     const text = typeof line === "string" ? line : line();
     // Method, tool and path come from outside: no line breaks, no terminal codes.
     process.stderr.write(`${new Date().toISOString()} ${text.replace(/\p{Cc}/gu, "?")}\n`);
@@ -488,30 +498,14 @@ function createLog(level: Settings["logLevel"]) {
   return { info: level === "silent" ? ignore : write, debug: level === "debug" ? write : ignore };
 }
 
-/** Asks the store at most once a second: whoever can reach the server can reach `/healthz`. */
-function createHealthCheck(store: TaskStore): () => Promise<boolean> {
-  let askedAt = 0;
-  let answer = Promise.resolve(true);
-  return () => {
-    if (Date.now() - askedAt > 1_000) {
-      askedAt = Date.now();
-      answer = store.check().then(() => true, () => false);
-    }
-    return answer;
-  };
-}
-
 /**
- * Lets requests in flight finish and refuses new connections. Resolves when the last connection is closed, after 7
+ * Refuses new connections and lets requests in flight finish. Resolves when the last connection is closed, after 7
  * seconds at most.
  */
 export async function stop(server: http.Server): Promise<void> {
   const closed = once(server, "close");
-  // Only stops listening. http's own `close` would cut idle connections in the same moment, and with them the
-  // requests that are just on their way; so they get a moment to arrive, and are answered with Connection: close.
-  net.Server.prototype.close.call(server);
-  // After reading what has come in meanwhile: a connection with a request that nobody has read looks idle, too.
-  const closeIdle = setInterval(() => setImmediate(() => server.closeIdleConnections()), 250);
+  server.close();
+  const closeIdle = setInterval(() => server.closeIdleConnections(), 250); // those whose request has been answered
   const closeAll = setTimeout(() => server.closeAllConnections(), 7_000);
   await closed;
   clearInterval(closeIdle);
@@ -519,40 +513,38 @@ export async function stop(server: http.Server): Promise<void> {
 }
 
 async function main() {
-  const real = { ...process.env };
-  try {
-    process.loadEnvFile();
-  } catch {
-    // No .env: the environment alone, then.
-  }
   process.stderr.on("error", () => {}); // whoever reads the log may go away: to log that would fail again
-  const settings = readSettings({ ...process.env, ...real }); // Deno's loadEnvFile overwrites what is set
+  const { env, differences } = readEnvironment();
+  const settings = readSettings(env);
+  const { host, port, serverUrl, issuer } = settings;
   const log = createLog(settings.logLevel);
+  for (const line of differences) log.info(line);
   const store = await openTaskStore(settings.databaseUrl, log.info);
   const server = createServer(settings, store);
-  const { host, serverUrl, issuer } = settings;
-  try {
-    await once(server.listen(settings.port, host), "listening");
-  } catch (error) {
-    const isTaken = error instanceof Error && "code" in error && error.code === "EADDRINUSE";
-    const why = isTaken ? "the port is in use. Set PORT to another" : reason(error);
-    throw new Error(`Cannot listen on ${host}:${settings.port}: ${why}`);
-  }
-  // A mistake in one user's tool call must not end the service of all others.
-  for (const event of ["uncaughtException", "unhandledRejection"] as const) {
-    process.on(event, (error: unknown) => log.info(`Unexpected, and survived: ${reason(error)}`));
-  }
+  // A promise that nobody awaited is a mistake in one call, and no reason to end the others.
+  process.on(
+    "unhandledRejection",
+    (error) => log.info(`A promise failed that nobody awaited: ${reason(error)}`),
+  );
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
     process.once(signal, async () => {
       log.info(`Stopping on ${signal}`);
+      setTimeout(() => process.exit(), 9_000); // even if the database does not let go
       await stop(server);
       await store.close();
       process.exit();
     });
   }
-
-  const { port } = server.address() as net.AddressInfo;
-  log.info(`Listening on ${host}:${port} for ${serverUrl}, with users from ${issuer}`);
+  try {
+    await once(server.listen(port, host), "listening");
+  } catch (error) {
+    const isTaken = error instanceof Error && "code" in error && error.code === "EADDRINUSE";
+    const why = isTaken ? "the port is in use. Set PORT to another" : reason(error);
+    throw new Error(`Cannot listen on ${host}:${port}: ${why}`);
+  }
+  const address = server.address();
+  const actual = typeof address === "object" ? address?.port : port;
+  log.info(`Listening on ${host}:${actual} for ${serverUrl}, with users from ${issuer}`);
 }
 
 const isMain = process.argv[1] !== undefined &&

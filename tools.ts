@@ -1,106 +1,81 @@
 /**
  * What the user may do, and with whose tasks: the tools, and the store behind them.
  *
- * Knows a `Caller`, and nothing of HTTP. Every query is bound to the caller's subject. To make the template
- * yours, replace the task schema, the tools and the SQL in this file; server.ts and auth.ts stay as they are.
+ * Knows a `Caller`, and nothing of HTTP. Every query is bound to the caller's subject. To make the template yours,
+ * replace the schemas, the tools and the store in this file; server.ts and auth.ts stay as they are.
  */
 import { randomUUID } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
-// @ts-types="@modelcontextprotocol/sdk/inMemory"
-import { InMemoryTransport } from "@modelcontextprotocol/sdk/inMemory.js";
 // @ts-types="@modelcontextprotocol/sdk/server/mcp"
 import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 // @ts-types="@modelcontextprotocol/sdk/types"
-import { ListToolsRequestSchema, ListToolsResultSchema } from "@modelcontextprotocol/sdk/types.js";
+import {
+  CallToolRequestSchema,
+  ListToolsRequestSchema,
+  ToolSchema,
+} from "@modelcontextprotocol/sdk/types.js";
 // @ts-types="@modelcontextprotocol/sdk/types"
-import type { CallToolResult, ListToolsResult, ToolAnnotations } from "@modelcontextprotocol/sdk/types.js";
+import type { CallToolResult, Tool as ListedTool } from "@modelcontextprotocol/sdk/types.js";
 import { AjvJsonSchemaValidator } from "@modelcontextprotocol/sdk/validation/ajv";
 import { z } from "zod";
 import { challenge, reason } from "./auth.ts";
-import type { Caller } from "./auth.ts";
+import type { Caller, ProtectedResource } from "./auth.ts";
 
-// ---------------------------------------------------------------------------------------------- schemas
-// Made once, here: a schema made for every request would cost more than the request.
+export const RESOURCE_NAME = "Tasks";
 
-const status = z.enum(["todo", "in_progress", "done"]);
-const title = z.string().trim().min(1).max(200).regex(/^[^\0]*$/).describe("What to do, in the user's words");
-const notes = z.string().max(4000).regex(/^[^\0]*$/).nullish().describe("Details; null for none");
-const dueAt = z.iso.datetime({ offset: true }).nullish()
-  .describe("When it is due, ISO 8601 with a time zone such as 2026-12-01T09:00:00+01:00; null for no date");
-const id = z.uuid().describe("The id of a task, from list_tasks or create_task");
+// ------------------------------------------------------------------------------------------------- the task
 
-const task = z.object({
+const statusSchema = z.enum(["todo", "in_progress", "done"]);
+
+/** A task as every tool returns it. Its fields are the columns of the table, too. */
+const taskSchema = z.object({
   id: z.string(),
   title: z.string(),
   notes: z.string().nullable(),
-  status,
-  due_at: z.string().nullable(),
+  status: statusSchema,
+  due_at: z.string().nullable().describe("ISO 8601 in UTC, as the times below"),
   created_at: z.string(),
   updated_at: z.string(),
 });
-export type Task = z.infer<typeof task>;
+export type Task = z.infer<typeof taskSchema>;
 
+/** Of each user. */
 const MAX_TASKS = 1_000;
 
-// ------------------------------------------------------------------------------------------------ tools
+/** Text that every database takes: PostgreSQL stores no NUL. The rule is checked, but not part of the listed schema. */
+const textSchema = (min: number, max: number) =>
+  z.string().min(min).max(max).refine((text) => !text.includes("\0"), "It must not hold the character NUL");
 
-/** What a tool works with: who calls, and where tasks are kept. */
+const titleSchema = z.string().trim().pipe(textSchema(1, 200)).describe("What to do, in the user's words");
+const notesSchema = textSchema(0, 4_000).nullish().describe("Details; null for none");
+const dueAtSchema = z.iso.datetime({ offset: true }).transform((time) => new Date(time).toISOString())
+  .nullish()
+  .describe("When it is due, ISO 8601 with a time zone such as 2026-12-01T09:00:00+01:00; null for no date");
+const idSchema = textSchema(1, 100).describe("The id of a task, from list_tasks or create_task");
+
+// ------------------------------------------------------------------------------------------------ the tools
+
+/** What a tool works with. */
 interface Context {
   caller: Caller;
   store: TaskStore;
-}
-
-interface Tool {
-  name: string;
-  /** Needed where ENFORCE_SCOPES is on; a tool without one is open to every signed-in user. */
-  scope?: "tasks:read" | "tasks:write";
-  title: string;
-  /** For the model that has to choose: when to use the tool, and when another one. */
-  description: string;
-  inputSchema: z.ZodObject;
-  outputSchema: z.ZodObject;
-  annotations: Required<Omit<ToolAnnotations, "title">>;
-  _meta: Record<string, unknown>;
-  run(input: Record<string, unknown>, context: Context): Promise<Result<Record<string, unknown>>>;
-}
-
-interface Result<Structured> {
-  /** A short sentence; the data is in `structuredContent`. */
-  text: string;
-  structuredContent: Structured;
-}
-
-/** Ties what `run` takes and gives to the two schemas, so that the compiler sees a tool break its own promise. */
-function defineTool<Input extends z.ZodObject, Output extends z.ZodObject>(
-  tool: Omit<Tool, "inputSchema" | "outputSchema" | "run"> & {
-    inputSchema: Input;
-    outputSchema: Output;
-    run(input: z.output<Input>, context: Context): Promise<Result<z.output<Output>>>;
-  },
-): Tool {
-  return tool;
+  /** Aborted when the client has gone. */
+  signal: AbortSignal;
 }
 
 /** A refusal that the model can act on: its message becomes the text of a tool error. */
 class ToolError extends Error {}
 
-const unknownTask = (id: string) =>
-  new ToolError(`id: no task has the id ${id}. Call list_tasks for those there are`);
-
-const progress = (invoking: string, invoked: string) => ({
-  "openai/toolInvocation/invoking": invoking,
-  "openai/toolInvocation/invoked": invoked,
-});
-
-const tools: Tool[] = [
+const tools = [
   defineTool({
     name: "get_profile",
     title: "Get my profile",
     description: "Use this to learn which account is signed in. Not for tasks.",
     inputSchema: z.object({}),
+    example: {},
     outputSchema: z.object({
-      id: z.string(),
+      id: z.string().min(1),
       name: z.string().optional(),
       email: z.string().optional(),
       nickname: z.string().optional(),
@@ -108,11 +83,7 @@ const tools: Tool[] = [
     annotations: { readOnlyHint: true, destructiveHint: false, idempotentHint: true, openWorldHint: false },
     // ChatGPT calls the tool with this mark to tell linked accounts apart, and wants these four fields at most.
     _meta: { "openai/profile": true, ...progress("Looking up your profile", "Profile found") },
-    run: (_, { caller: { subject, profile } }) =>
-      Promise.resolve({
-        text: `Signed in as ${profile.name ?? subject}`,
-        structuredContent: { id: subject, ...profile },
-      }),
+    run: (_, { caller }) => Promise.resolve({ id: caller.subject, ...caller.profile }),
   }),
 
   defineTool({
@@ -123,24 +94,21 @@ const tools: Tool[] = [
       "Use this when the user asks what there is to do, and to find the id of a task before changing it. " +
       "Newest first; pass next_cursor as cursor for the next page.",
     inputSchema: z.object({
-      status: status.optional().describe("Only tasks with this status"),
-      limit: z.int().min(1).max(100).default(50).describe("How many at most"),
-      cursor: z.iso.datetime().optional().describe("next_cursor of the page before"),
+      status: statusSchema.optional().describe("Only tasks with this status"),
+      limit: z.int().min(1).max(100).default(20).describe("How many at most"),
+      cursor: z.string().max(100).refine(isCursor, "It must be the next_cursor of a page").optional()
+        .describe("next_cursor of the page before"),
     }),
-    outputSchema: z.object({ tasks: z.array(task), next_cursor: z.string().optional() }),
+    example: { status: "todo", limit: 20 },
+    outputSchema: z.object({ tasks: z.array(taskSchema), next_cursor: z.string().optional() }),
     annotations: { readOnlyHint: true, destructiveHint: false, idempotentHint: true, openWorldHint: false },
     _meta: progress("Reading your tasks", "Tasks read"),
     async run({ status, limit, cursor }, { caller, store }) {
-      // One more than asked for tells whether there is a next page. A page starts after the last task of the
-      // one before, whose time of creation never changes: tasks added or deleted meanwhile shift nothing.
-      const before = cursor === undefined ? Number.MAX_SAFE_INTEGER : Date.parse(cursor);
-      const found = await store.list(caller.subject, { status, before, limit: limit + 1 });
+      // One more than asked for tells whether there is a next page.
+      const found = await store.list(caller.subject, { status, after: fromCursor(cursor), limit: limit + 1 });
       const tasks = found.slice(0, limit);
-      const more = found.length > limit ? { next_cursor: tasks.at(-1)?.created_at } : {};
-      return {
-        text: `${tasks.length} tasks${found.length > limit ? ", and there are more" : ""}`,
-        structuredContent: { tasks, ...more },
-      };
+      const last = tasks.at(-1);
+      return found.length > limit && last ? { tasks, next_cursor: toCursor(last) } : { tasks };
     },
   }),
 
@@ -151,29 +119,24 @@ const tools: Tool[] = [
     description:
       "Use this when the user wants to remember or plan something new. Not for changing a task: see update_task.",
     inputSchema: z.object({
-      title,
-      notes,
-      due_at: dueAt,
+      title: titleSchema,
+      notes: notesSchema,
+      due_at: dueAtSchema,
       // A model may repeat a call whose reply it lost; the key makes the second one harmless.
-      idempotency_key: z.string().min(1).max(200).regex(/^[^\0]*$/).optional()
+      idempotency_key: textSchema(1, 200).optional()
         .describe("Any string made up for this task: calling again with it gives the same task back"),
     }),
-    outputSchema: z.object({ task }),
+    example: { title: "Buy oat milk", due_at: "2026-12-01T09:00:00+01:00" },
+    outputSchema: z.object({ task: taskSchema }),
     annotations: { readOnlyHint: false, destructiveHint: false, idempotentHint: false, openWorldHint: false },
     _meta: progress("Writing the task down", "Task created"),
-    async run({ title, notes, due_at, idempotency_key }, { caller, store }) {
+    async run({ title, notes = null, due_at = null, idempotency_key }, { caller, store }) {
       // The owner comes from the token, never from the input.
-      const created = await store.create(caller.subject, {
-        title,
-        notes: notes ?? null,
-        due_at: toUtc(due_at),
-      }, idempotency_key);
-      if (created === undefined) {
-        throw new ToolError(
-          `There are ${MAX_TASKS} tasks already, the most a user can have. Delete some with delete_task first`,
-        );
-      }
-      return { text: `Created: ${created.title}`, structuredContent: { task: created } };
+      const task = await store.create(caller.subject, { title, notes, due_at }, idempotency_key);
+      if (task) return { task };
+      throw new ToolError(
+        `There are ${MAX_TASKS} tasks already, the most a user can have. Delete some with delete_task first`,
+      );
     },
   }),
 
@@ -183,18 +146,21 @@ const tools: Tool[] = [
     title: "Change a task",
     description: "Use this to rename, reschedule, annotate, start, finish or reopen a task that exists. " +
       "Fields that are left out stay as they are.",
-    inputSchema: z.object({ id, title: title.optional(), notes, due_at: dueAt, status: status.optional() }),
-    outputSchema: z.object({ task }),
+    inputSchema: z.object({
+      id: idSchema,
+      title: titleSchema.optional(),
+      notes: notesSchema,
+      due_at: dueAtSchema,
+      status: statusSchema.optional(),
+    }),
+    example: { id: "0b9d3c1e-5a43-4c0f-9d0a-2f6d1c9b7e55", status: "done" },
+    outputSchema: z.object({ task: taskSchema }),
     annotations: { readOnlyHint: false, destructiveHint: true, idempotentHint: true, openWorldHint: false },
     _meta: progress("Changing the task", "Task changed"),
-    async run({ id, due_at, ...changes }, { caller, store }) {
-      const updated = await store.update(
-        caller.subject,
-        id,
-        due_at === undefined ? changes : { ...changes, due_at: toUtc(due_at) },
-      );
-      if (updated === undefined) throw unknownTask(id);
-      return { text: `Changed: ${updated.title} (${updated.status})`, structuredContent: { task: updated } };
+    async run({ id, ...changes }, { caller, store }) {
+      const task = await store.update(caller.subject, id, changes);
+      if (task) return { task };
+      throw unknownTask(id);
     },
   }),
 
@@ -204,117 +170,186 @@ const tools: Tool[] = [
     title: "Delete a task",
     description:
       "Use this only when the user wants a task gone for good. For a finished one, set its status with update_task.",
-    inputSchema: z.object({ id }),
+    inputSchema: z.object({ id: idSchema }),
+    example: { id: "0b9d3c1e-5a43-4c0f-9d0a-2f6d1c9b7e55" },
     outputSchema: z.object({ deleted: z.string() }),
     annotations: { readOnlyHint: false, destructiveHint: true, idempotentHint: true, openWorldHint: false },
     _meta: progress("Deleting the task", "Task deleted"),
     async run({ id }, { caller, store }) {
-      if (!await store.delete(caller.subject, id)) throw unknownTask(id);
-      return { text: "Deleted", structuredContent: { deleted: id } };
+      if (await store.delete(caller.subject, id)) return { deleted: id };
+      throw unknownTask(id);
     },
   }),
 ];
 
-function toUtc(time: string | null | undefined): string | null {
-  return typeof time === "string" ? new Date(time).toISOString() : null;
+function unknownTask(id: string) {
+  return new ToolError(`id: no task has the id ${id}. Call list_tasks for those there are`);
 }
 
-// ------------------------------------------------------------------------------------------- MCP server
+/** Where a page ends: the next one starts after this task, whatever is added or deleted meanwhile. */
+type Position = Pick<Task, "created_at" | "id">;
+
+function toCursor({ created_at, id }: Position): string {
+  return `${created_at}_${id}`;
+}
+
+function fromCursor(cursor: string | undefined): Position | undefined {
+  const [created_at = "", id = ""] = cursor?.split("_") ?? [];
+  return cursor === undefined ? undefined : { created_at, id };
+}
+
+function isCursor(cursor: string): boolean {
+  return z.tuple([z.iso.datetime(), z.uuid()]).safeParse(cursor.split("_")).success;
+}
+
+/** What ChatGPT shows while the tool runs, and afterwards. */
+function progress(invoking: string, invoked: string) {
+  return { "openai/toolInvocation/invoking": invoking, "openai/toolInvocation/invoked": invoked };
+}
+
+// ----------------------------------------------------------------------------------------- a tool's two sides
+
+/** What a tool's author writes. */
+interface Definition<Input extends z.ZodObject, Output extends z.ZodObject> {
+  name: string;
+  /** Needed where ENFORCE_SCOPES is on; a tool without one is open to every signed-in user. */
+  scope?: string;
+  title: string;
+  /** For the model that has to choose: when to use the tool, and when another one. */
+  description: string;
+  inputSchema: Input;
+  /** Input that works, for the error that answers input that does not. */
+  example: z.input<Input>;
+  outputSchema: Output;
+  annotations: Required<Omit<NonNullable<ListedTool["annotations"]>, "title">>;
+  _meta: Record<string, unknown>;
+  /** Returns the structured content. */
+  run(input: z.output<Input>, context: Context): Promise<z.output<Output>>;
+}
+
+interface Tool {
+  scope: string | undefined;
+  listed: ListedTool;
+  /** @throws {ToolError} When the input does not fit the schema, and whatever `run` throws. */
+  call(input: Record<string, unknown>, context: Context): Promise<Record<string, unknown>>;
+}
+
+/** Makes of a definition what the tool lists and how it is called. The two schemas type `run`. */
+function defineTool<Input extends z.ZodObject, Output extends z.ZodObject>(
+  { scope, inputSchema, outputSchema, example, run, ...listed }: Definition<Input, Output>,
+): Tool {
+  return {
+    scope,
+    listed: { ...listed, inputSchema: toJsonSchema(inputSchema), outputSchema: toJsonSchema(outputSchema) },
+    async call(input, context) {
+      const { success, data, error } = inputSchema.safeParse(withoutNulls(input, inputSchema));
+      if (success) return await run(data, context);
+      const problems = error.issues.map(({ path, message }) => `${path.join(".")}: ${message}`);
+      throw new ToolError(`${problems.join("; ")}. Input that works: ${JSON.stringify(example)}`);
+    },
+  };
+}
+
+/** Models send null for what they leave out. It counts as left out, unless the schema gives null a meaning. */
+function withoutNulls(input: Record<string, unknown>, { shape }: z.ZodObject): Record<string, unknown> {
+  const hasMeaning = (name: string) => shape[name] !== undefined && z.safeParse(shape[name], null).success;
+  return Object.fromEntries(
+    Object.entries(input).filter(([name, value]) => value !== null || hasMeaning(name)),
+  );
+}
+
+/** The schema without what some hosts cannot read; its rules hold all the same when the tool is called. */
+function toJsonSchema(schema: z.ZodObject): ListedTool["inputSchema"] {
+  const { $schema: _, ...listed } = z.toJSONSchema(schema, {
+    io: "input",
+    override({ jsonSchema }) {
+      delete jsonSchema.pattern;
+      if (jsonSchema.format !== "date-time") delete jsonSchema.format;
+      if (jsonSchema.type === "object") jsonSchema.additionalProperties = false; // some hosts insist on it
+    },
+  });
+  return ToolSchema.shape.inputSchema.parse(listed);
+}
+
+// ------------------------------------------------------------------------------------------------ MCP server
 
 export interface ToolSettings {
-  /** MCP_SERVER_URL, for the challenge of a refusal. */
-  resource: string;
+  resource: ProtectedResource;
   enforceScopes: boolean;
   /** Takes a line for the operator when a tool fails for a reason that is not the caller's. */
   warn: (line: string) => void;
 }
-
-/** Makes the server for one request. `names` are the tools that it calls: no others need registering. */
-export type McpServerFactory = (caller: Caller, store: TaskStore, names: readonly string[]) => McpServer;
 
 // `offline_access` stands in every list: without it clients ask for no refresh token, and users have to sign
 // in again every day. Left to themselves ChatGPT and the SDK's clients ask for the union of these lists.
 const SIGN_IN_SCOPES = ["openid", "profile", "email", "offline_access"];
 
 /** What a client should ask for: with ENFORCE_SCOPES the API's permissions, since Auth0 grants no others for it. */
-export function requestedScopes({ enforceScopes }: Pick<ToolSettings, "enforceScopes">): string[] {
+export function requestedScopes(enforceScopes: boolean): string[] {
   const needed = new Set(tools.flatMap(({ scope }) => scope ?? []));
   return enforceScopes ? [...needed, "offline_access"] : SIGN_IN_SCOPES;
 }
 
 /**
- * Prepares all that is the same for every request, and gives back what makes the server of a single one.
+ * Prepares all that is the same for every request, and gives back what makes the server of a single one: a server
+ * shared between clients would hand one's answers to another (SDK advisory GHSA-345p-7cg4-v4c7).
  *
- * A server shared between clients would hand one's answers to another (SDK advisory, fixed in 1.26).
+ * The two handlers stand where the SDK's documentation calls `registerTool`, which drops the top-level
+ * `securitySchemes` that OpenAI documents, and would make every schema anew for each request.
  */
-export function createMcpServerFactory(settings: ToolSettings): McpServerFactory {
-  const info = { name: "tasks", title: "Tasks", version: "1.0.0" };
+export function createMcpServerFactory(
+  settings: ToolSettings,
+): (caller: Caller, store: TaskStore) => McpServer {
+  const info = { name: "tasks", title: RESOURCE_NAME, version: "1.0.0" };
   const options = {
-    capabilities: { tools: { listChanged: true } },
+    capabilities: { tools: {} },
     instructions: "Each signed-in user's own task list.",
-    jsonSchemaValidator: new AjvJsonSchemaValidator(),
+    jsonSchemaValidator: new AjvJsonSchemaValidator(), // made per request, as by default, it costs 0.3 ms
   };
-  const configured = new Map(tools.map((tool) => [tool.name, { tool, config: toConfig(tool, settings) }]));
-  let list: Promise<ListToolsResult> | undefined;
+  const list = tools.map((tool) => toListed(tool, settings));
 
-  function create(context: Context, names: Iterable<string>): McpServer {
+  return (caller, store) => {
     const server = new McpServer(info, options);
-    for (const name of new Set(names)) {
-      const known = configured.get(name); // an unknown tool is the SDK's to refuse
-      if (known !== undefined) {
-        server.registerTool(name, known.config, (input) => call(known.tool, input, context, settings));
-      }
-    }
-    return server;
-  }
-
-  return (caller, store, names) => {
-    const context = { caller, store };
-    const server = create(context, names);
-    // The list is the same for everybody, and the SDK would convert every schema anew for each request.
+    server.server.setRequestHandler(ListToolsRequestSchema, () => ({ tools: list }));
     server.server.setRequestHandler(
-      ListToolsRequestSchema,
-      () => list ??= listTools(create(context, configured.keys())),
+      CallToolRequestSchema,
+      ({ params }, { signal }) =>
+        call(params.name, params.arguments ?? {}, { caller, store, signal }, settings),
     );
     return server;
   };
 }
 
-/** What the SDK registers: the tool, and the scopes that a client has to ask for before it can call it. */
-function toConfig({ name: _, scope, run: __, ...config }: Tool, { enforceScopes }: ToolSettings) {
-  const scopes = enforceScopes ? [...(scope === undefined ? [] : [scope]), "offline_access"] : SIGN_IN_SCOPES;
-  // ChatGPT reads securitySchemes from `_meta` too, which is where SDK v1 leaves it.
-  return { ...config, _meta: { securitySchemes: [{ type: "oauth2", scopes }], ...config._meta } };
-}
-
-/** Asks a server for its list of tools, as a client would. */
-async function listTools(server: McpServer): Promise<ListToolsResult> {
-  const [client, transport] = InMemoryTransport.createLinkedPair();
-  await server.connect(transport);
-  const reply = new Promise((resolve) => client.onmessage = resolve);
-  await client.send({ jsonrpc: "2.0", id: 1, method: "tools/list" });
-  const { result } = z.object({ result: ListToolsResultSchema }).parse(await reply);
-  await server.close();
-  return result;
+/** The tool, and the scopes that a client has to ask for before it can call it. `_meta` repeats them for older hosts. */
+function toListed({ scope, listed }: Tool, { enforceScopes }: ToolSettings) {
+  const scopes = enforceScopes ? [scope ?? [], "offline_access"].flat() : SIGN_IN_SCOPES;
+  const securitySchemes = [{ type: "oauth2", scopes }];
+  return { ...listed, securitySchemes, _meta: { securitySchemes, ...listed._meta } };
 }
 
 /** Runs a tool. Whatever goes wrong is a tool error that the model can read, never an exception. */
 async function call(
-  tool: Tool,
+  name: string,
   input: Record<string, unknown>,
   context: Context,
   settings: ToolSettings,
 ): Promise<CallToolResult> {
-  const { scope } = tool;
-  if (settings.enforceScopes && scope !== undefined && !context.caller.scopes.has(scope)) {
-    return insufficientScope(scope, settings);
+  const tool = tools.find(({ listed }) => listed.name === name);
+  if (tool === undefined) {
+    return toolError(
+      `There is no tool ${name.slice(0, 100)}, but ${tools.map(({ listed }) => listed.name).join(", ")}`,
+    );
+  }
+  if (settings.enforceScopes && tool.scope !== undefined && !context.caller.scopes.has(tool.scope)) {
+    return insufficientScope(tool.scope, settings.resource);
   }
   try {
-    const { text, structuredContent } = await tool.run(input, context);
-    return { content: [{ type: "text", text }], structuredContent };
+    const structuredContent = await tool.call(input, context);
+    // The same twice, for hosts that read only one of the two (MCP 2025-11-25, Tools, Structured Content).
+    return { content: [{ type: "text", text: JSON.stringify(structuredContent) }], structuredContent };
   } catch (error) {
     if (error instanceof ToolError) return toolError(error.message);
-    settings.warn(`${tool.name} failed: ${reason(error)}`);
+    settings.warn(`${name} failed: ${reason(error)}`);
     return toolError(
       "The tasks cannot be reached right now. Try again in a minute; a change may have been made or not, so " +
         "look with list_tasks first",
@@ -330,51 +365,58 @@ function toolError(text: string): CallToolResult {
  * The refusal in the form that ChatGPT documents: it then offers to sign in again for what is missing. The
  * challenge asks for all scopes at once, since a client that asks for one alone would lose the others.
  */
-function insufficientScope(scope: string, settings: ToolSettings): CallToolResult {
+function insufficientScope(scope: string, resource: ProtectedResource): CallToolResult {
   const description =
     `This tool needs the permission ${scope}, which the token does not grant: README, Permissions per tool`;
-  const header = challenge(settings.resource, {
-    error: "insufficient_scope",
-    error_description: description,
-    scope: requestedScopes(settings).join(" "),
-  });
+  const header = challenge(resource, { error: "insufficient_scope", error_description: description });
   return { ...toolError(description), _meta: { "mcp/www_authenticate": [header] } };
 }
 
-// ------------------------------------------------------------------------------------------------ store
+// ------------------------------------------------------------------------------------------------- the store
 
 /** What a user gives for a new task; `due_at` in UTC. */
 type NewTask = Pick<Task, "title" | "notes" | "due_at">;
 /** Fields left out, or undefined, stay as they are. */
 type Changes = { [Field in keyof NewTask | "status"]?: Task[Field] | undefined };
+interface Page {
+  status?: Task["status"] | undefined;
+  /** The last task of the page before; undefined for the first page. */
+  after?: Position | undefined;
+  limit: number;
+}
 
 /**
  * Where tasks live. Every call names the owner, and reaches no others' tasks. A write that has returned
  * survives the end of the process. Failures of the database are thrown as they come.
  */
 export interface TaskStore {
-  /** The newest `limit` tasks created before `before` (milliseconds since 1970), newest first. */
-  list(
-    owner: string,
-    page: { status?: Task["status"] | undefined; before: number; limit: number },
-  ): Promise<Task[]>;
+  /** Newest first, in the order of (created_at, id). */
+  list(owner: string, page: Page): Promise<Task[]>;
   /** The new task, or the one that the same key made before; undefined when the owner has MAX_TASKS. */
   create(owner: string, task: NewTask, idempotencyKey?: string): Promise<Task | undefined>;
   /** The changed task; undefined when the owner has none with this id. */
   update(owner: string, id: string, changes: Changes): Promise<Task | undefined>;
   /** Whether there was such a task. */
   delete(owner: string, id: string): Promise<boolean>;
-  /** Throws when the store cannot take a write now. */
+  /** Throws when the store does not answer. Writes nothing. */
   check(): Promise<void>;
   close(): Promise<void>;
 }
 
+const isPostgres = (url: string) => /^postgres(ql)?:/.test(url);
+
+/** What DATABASE_URL may be. A URL that cannot be parsed would be quoted by drivers, its password with it. */
+export const databaseUrlSchema = z.string().refine(
+  (url) => url === "memory:" || /^file:./.test(url) || (isPostgres(url) && URL.canParse(url)),
+  { error: "is no such URL (in a password, write # as %23)", abort: true },
+).describe("file:tasks.db, memory: or postgres://user:password@host/database");
+
 /**
  * Opens the store that DATABASE_URL names.
  *
- * @param url `file:<path>`, `memory:` or `postgres://…`; undefined for `file:tasks.db` where the runtime has
- *   SQLite, else memory and a warning.
- * @throws {Error} A line for the operator, when what was asked for cannot be had.
+ * @param url As `databaseUrlSchema` says; undefined for `file:tasks.db` where the runtime has SQLite, else memory
+ *   and a warning.
+ * @throws {Error} A line for the operator, when what was asked for cannot be had or cannot be written to.
  */
 export async function openTaskStore(
   url: string | undefined,
@@ -382,90 +424,122 @@ export async function openTaskStore(
 ): Promise<TaskStore> {
   const asked = url ?? "file:tasks.db";
   if (asked === "memory:") return new MemoryStore();
-  const isPostgres = /^postgres(ql)?:/.test(asked);
   try {
-    const store = new SqlStore(await (isPostgres ? openPostgres(asked) : openSqlite(asked)));
-    await store.check(); // a database that can only be read should stop the start, not the first user
-    return store;
+    const database = await (isPostgres(asked) ? openPostgres(asked, warn) : openSqlite(asked));
+    await applyChanges(database);
+    return new SqlStore(database);
   } catch (error) {
     if (url === undefined && error instanceof NoSqlite) {
       warn(`${error.message}: tasks are kept in memory, and lost when the server stops`);
       return new MemoryStore();
     }
     // A postgres URL holds a password: it is not repeated.
-    throw new Error(`DATABASE_URL: ${isPostgres ? "PostgreSQL" : asked} cannot be used: ${reason(error)}`, {
-      cause: error,
-    });
+    const name = isPostgres(asked) ? "PostgreSQL" : asked;
+    throw new Error(`DATABASE_URL: ${name} cannot be used: ${reason(error)}`, { cause: error });
   }
+}
+
+function newTask(fields: NewTask): Task {
+  const time = now();
+  return { id: randomUUID(), ...fields, status: "todo", created_at: time, updated_at: time };
+}
+
+/** Later than the time before it, so that tasks of one millisecond keep their order. */
+function now(): string {
+  latest = Math.max(Date.now(), latest + 1);
+  return new Date(latest).toISOString();
+}
+let latest = 0;
+
+function given(changes: Changes): Partial<Task> {
+  return Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
 }
 
 /** For tests, and for runtimes without SQLite. */
 class MemoryStore implements TaskStore {
-  readonly #entries = new Map<string, { task: Task; key: string | undefined }[]>(); // each owner's, newest first
+  readonly #owners = new Map<string, { task: Task; key: string | undefined }[]>(); // each one's, newest first
 
   #of(owner: string) {
-    return this.#entries.get(owner) ?? [];
+    const own = this.#owners.get(owner) ?? [];
+    this.#owners.set(owner, own);
+    return own;
   }
 
-  list(owner: string, { status, before, limit }: Parameters<TaskStore["list"]>[1]) {
-    const tasks = this.#of(owner).map(({ task }) => task);
-    const found = tasks.filter((task) =>
-      (status ?? task.status) === task.status && Date.parse(task.created_at) < before
+  async list(owner: string, { status, after, limit }: Page) {
+    const tasks = this.#of(owner).map(({ task }) => task).filter((task) =>
+      (status === undefined || task.status === status) &&
+      (after === undefined || toCursor(task) < toCursor(after))
     );
-    return Promise.resolve(found.slice(0, limit));
+    return tasks.slice(0, limit);
   }
 
-  create(owner: string, fields: NewTask, key?: string) {
-    const entries = this.#of(owner);
-    const known = entries.find((entry) => key !== undefined && entry.key === key);
-    if (known !== undefined || entries.length >= MAX_TASKS) return Promise.resolve(known?.task);
-    const newest = entries[0] === undefined ? 0 : Date.parse(entries[0].task.created_at);
-    const now = new Date(Math.max(Date.now(), newest + 1)).toISOString();
-    const task: Task = { id: randomUUID(), ...fields, status: "todo", created_at: now, updated_at: now };
-    this.#entries.set(owner, [{ task, key }, ...entries]);
-    return Promise.resolve(task);
+  async create(owner: string, fields: NewTask, key?: string) {
+    const own = this.#of(owner);
+    const known = own.find((entry) => key !== undefined && entry.key === key);
+    if (known !== undefined || own.length >= MAX_TASKS) return known?.task;
+    const task = newTask(fields);
+    own.unshift({ task, key });
+    return task;
   }
 
-  update(owner: string, id: string, changes: Changes) {
+  async update(owner: string, id: string, changes: Changes) {
     const entry = this.#of(owner).find(({ task }) => task.id === id);
-    if (entry === undefined) return Promise.resolve(undefined);
-    const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
-    entry.task = { ...entry.task, ...given, updated_at: new Date().toISOString() };
-    return Promise.resolve(entry.task);
+    if (entry !== undefined) entry.task = { ...entry.task, ...given(changes), updated_at: now() };
+    return entry?.task;
   }
 
-  delete(owner: string, id: string) {
-    const entries = this.#of(owner);
-    const left = entries.filter(({ task }) => task.id !== id);
-    this.#entries.set(owner, left);
-    return Promise.resolve(left.length < entries.length);
+  async delete(owner: string, id: string) {
+    const index = this.#of(owner).findIndex(({ task }) => task.id === id);
+    return index >= 0 && this.#of(owner).splice(index, 1).length > 0;
   }
 
-  check = () => Promise.resolve();
-  close = () => Promise.resolve();
+  async check() {}
+  async close() {}
+}
+
+/**
+ * What makes the tables, in order. To change them, append a statement and leave those before it as they are: each
+ * start applies what a database has not had yet. Both databases have to understand it.
+ */
+const CHANGES = [
+  `CREATE TABLE tasks (
+     id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL, notes TEXT, status TEXT NOT NULL, due_at TEXT,
+     created_at TEXT NOT NULL, updated_at TEXT NOT NULL, idempotency_key TEXT, UNIQUE (owner, idempotency_key));
+   CREATE INDEX tasks_by_time ON tasks (owner, created_at, id);
+   CREATE INDEX tasks_by_status ON tasks (owner, status, created_at, id)`,
+];
+
+async function applyChanges(database: Database): Promise<void> {
+  await database.run("CREATE TABLE IF NOT EXISTS schema_changes (number INTEGER PRIMARY KEY)");
+  const countApplied = async () => (await database.query("SELECT number FROM schema_changes", [])).length;
+  for (let number = await countApplied(); number < CHANGES.length; number++) {
+    try {
+      await database.run(`INSERT INTO schema_changes VALUES (${number}); ${CHANGES[number]}`);
+    } catch (error) {
+      if (await countApplied() > number) continue; // another server, started beside this one, was faster
+      const isOlder = number === 0 && /already exists/.test(reason(error));
+      throw isOlder
+        ? new Error("it holds tables of an older template. Name another one, or rename them")
+        : error;
+    }
+  }
 }
 
 type Value = string | number | null;
 
-/** A database that takes `$1`, `$2`… for bound values: what SQLite and PostgreSQL have to differ in. */
+/** What SQLite and PostgreSQL differ in. */
 interface Database {
-  query(sql: string, values: Value[]): Promise<Record<string, unknown>[]>;
-  /** For FROM: `count` and `newest` of the tasks of owner `$1`, which no other statement adds to meanwhile. */
-  ownTasks: string;
+  /** One statement, with the values for its `$1`, `$2`, … */
+  query(sql: string, values: Value[]): Promise<unknown[]>;
+  /** Several statements: all of them, or none. */
+  run(script: string): Promise<void>;
   close(): Promise<void>;
 }
 
-// The two unique constraints are also the indexes that serve the list and the idempotency key.
-const SCHEMA = `
-  CREATE TABLE IF NOT EXISTS tasks (
-    id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL, notes TEXT, status TEXT NOT NULL, due_at TEXT,
-    created_at BIGINT NOT NULL, updated_at BIGINT NOT NULL, idempotency_key TEXT,
-    UNIQUE (owner, created_at), UNIQUE (owner, idempotency_key));
-  CREATE INDEX IF NOT EXISTS tasks_by_status ON tasks (owner, status, created_at);
-  CREATE TABLE IF NOT EXISTS health (id INTEGER PRIMARY KEY, checked_at BIGINT NOT NULL)`;
-const COLUMNS = "id, title, notes, status, due_at, created_at, updated_at";
+const COLUMNS = Object.keys(taskSchema.shape).join(", ");
+const FIRST_PAGE: Position = { created_at: "9999-12-31T23:59:59.999Z", id: "" };
 
-/** Tasks in SQL that both databases understand. Times are whole milliseconds, `due_at` is text. */
+/** Tasks in SQL that both databases understand. All columns are text. */
 class SqlStore implements TaskStore {
   readonly #database: Database;
 
@@ -473,76 +547,59 @@ class SqlStore implements TaskStore {
     this.#database = database;
   }
 
-  async list(owner: string, { status, before, limit }: Parameters<TaskStore["list"]>[1]) {
-    const [condition, values] = status === undefined ? ["", []] : ["AND status = $4", [status]];
-    const rows = await this.#database.query(
-      `SELECT ${COLUMNS} FROM tasks WHERE owner = $1 AND created_at < $2 ${condition} ORDER BY created_at DESC
-       LIMIT CAST($3 AS BIGINT)`,
-      [owner, before, limit, ...values],
-    );
-    return rows.map(toTask);
+  /** Rows of the statements below, which all select COLUMNS. */
+  async #tasks(sql: string, values: Value[]): Promise<Task[]> {
+    return await this.#database.query(sql, values) as Task[];
   }
 
-  async create(owner: string, { title, notes, due_at }: NewTask, key: string | null = null) {
-    // Each of an owner's tasks has a time of its own, later than the one before: that makes the order, and with
-    // it the cursor, exact even within a millisecond or when the clock steps back.
-    const [row] = await this.#database.query(
-      `INSERT INTO tasks (owner, id, title, notes, due_at, idempotency_key, status, created_at, updated_at)
-       SELECT $1, $2, $3, $4, $5, $6, 'todo', now, now FROM (
-         SELECT count, CASE WHEN newest >= CAST($7 AS BIGINT) THEN newest + 1 ELSE CAST($7 AS BIGINT) END AS now
-           FROM ${this.#database.ownTasks}) AS own
-       WHERE count < ${MAX_TASKS}
-       ON CONFLICT (owner, idempotency_key) DO NOTHING RETURNING ${COLUMNS}`,
-      [owner, randomUUID(), title, notes, due_at, key, Date.now()],
+  list(owner: string, { status, after: { created_at, id } = FIRST_PAGE, limit }: Page) {
+    return this.#tasks(
+      `SELECT ${COLUMNS} FROM tasks WHERE owner = $1 AND (created_at, id) < ($2, $3)
+         ${status === undefined ? "" : "AND status = $5"} ORDER BY created_at DESC, id DESC LIMIT $4`,
+      [owner, created_at, id, limit, ...(status === undefined ? [] : [status])],
     );
-    if (row !== undefined) return toTask(row);
-    const [known] = await this.#database.query(
+  }
+
+  async create(owner: string, fields: NewTask, key: string | null = null) {
+    const row = { owner, idempotency_key: key, ...newTask(fields) };
+    const placeholders = Object.keys(row).map((_, index) => `$${index + 1}`);
+    const [created] = await this.#tasks(
+      `INSERT INTO tasks (${Object.keys(row).join(", ")}) SELECT ${placeholders.join(", ")}
+         WHERE (SELECT count(*) FROM tasks WHERE owner = $1) < ${MAX_TASKS}
+         ON CONFLICT (owner, idempotency_key) DO NOTHING RETURNING ${COLUMNS}`,
+      Object.values(row),
+    );
+    if (created !== undefined || key === null) return created;
+    const [known] = await this.#tasks(
       `SELECT ${COLUMNS} FROM tasks WHERE owner = $1 AND idempotency_key = $2`,
       [owner, key],
     );
-    return known && toTask(known);
+    return known;
   }
 
-  async update(owner: string, id: string, { title, notes, due_at, status }: Changes) {
-    const given = Object.entries({ title, notes, due_at, status, updated_at: Date.now() })
-      .flatMap(([column, value]) => value === undefined ? [] : [[column, value] as const]);
-    const assignments = given.map(([column], index) => `${column} = $${index + 3}`).join(", ");
-    const [row] = await this.#database.query(
-      `UPDATE tasks SET ${assignments} WHERE owner = $1 AND id = $2 RETURNING ${COLUMNS}`,
-      [owner, id, ...given.map(([, value]) => value)],
+  async update(owner: string, id: string, changes: Changes) {
+    const changed = { ...given(changes), updated_at: now() };
+    const assignments = Object.keys(changed).map((column, index) => `${column} = $${index + 3}`);
+    const [task] = await this.#tasks(
+      `UPDATE tasks SET ${assignments.join(", ")} WHERE owner = $1 AND id = $2 RETURNING ${COLUMNS}`,
+      [owner, id, ...Object.values(changed)],
     );
-    return row && toTask(row);
+    return task;
   }
 
   async delete(owner: string, id: string) {
-    const rows = await this.#database.query("DELETE FROM tasks WHERE owner = $1 AND id = $2 RETURNING id", [
-      owner,
-      id,
-    ]);
-    return rows.length > 0;
+    const sql = `DELETE FROM tasks WHERE owner = $1 AND id = $2 RETURNING ${COLUMNS}`;
+    return (await this.#tasks(sql, [owner, id])).length > 0;
   }
 
   async check() {
-    await this.#database.query(
-      "INSERT INTO health (id, checked_at) VALUES (1, $1) ON CONFLICT (id) DO UPDATE SET checked_at = excluded.checked_at",
-      [Date.now()],
-    );
+    await this.#database.query("SELECT id FROM tasks LIMIT 1", []);
   }
 
   close() {
     return this.#database.close();
   }
 }
-
-function toTask(row: Record<string, unknown>): Task {
-  const { id, title, notes, status, due_at } = row;
-  const created_at = toIso(row.created_at);
-  const updated_at = row.updated_at === row.created_at ? created_at : toIso(row.updated_at);
-  return { id, title, notes, status, due_at, created_at, updated_at } as Task;
-}
-
-/** PostgreSQL gives whole numbers of 64 bits as text. */
-const toIso = (milliseconds: unknown) => new Date(Number(milliseconds)).toISOString();
 
 class NoSqlite extends Error {
   override message = "This runtime has no node:sqlite (Node 22.13 and later, and Deno, have it)";
@@ -553,90 +610,85 @@ async function openSqlite(url: string): Promise<Database> {
   const { DatabaseSync } = await import("node:sqlite").catch(() => {
     throw new NoSqlite();
   });
-  const database = new DatabaseSync(
-    url.startsWith("file://") ? fileURLToPath(url) : url.slice("file:".length),
-  );
-  // FULL: an acknowledged write survives a power cut, too. The time-out is for the start alone: later it would
-  // hold up every user of this process while another one writes.
-  database.exec(
-    `PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; ${SCHEMA}; PRAGMA busy_timeout = 0`,
-  );
+  const path = url.startsWith("file://") ? fileURLToPath(url) : url.slice("file:".length);
+  const database = new DatabaseSync(path);
   const statements = new Map<string, ReturnType<typeof database.prepare>>();
 
-  function run(sql: string, values: Value[]) {
-    const statement = statements.get(sql) ?? database.prepare(sql.replaceAll("$", "?"));
-    statements.set(sql, statement);
-    return statement.all(...values);
+  /** Tries again while another process writes. SQLite's own busy_timeout would block all users of this process. */
+  async function whenFree<Result>(work: () => Result): Promise<Result> {
+    const deadline = Date.now() + 3_000;
+    for (;;) {
+      try {
+        return work();
+      } catch (error) {
+        const SQLITE_BUSY = 5; // the lowest byte of the code: the others say why
+        const isBusy = error instanceof Error && "errcode" in error &&
+          (Number(error.errcode) & 0xff) === SQLITE_BUSY;
+        if (!isBusy || Date.now() > deadline) throw error;
+        await delay(10);
+      }
+    }
   }
 
+  // FULL: an acknowledged write survives a power cut, too.
+  await whenFree(() => database.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL"));
   return {
-    async query(sql, values) {
-      const deadline = Date.now() + 3_000;
-      for (;;) {
+    query: (sql, values) =>
+      whenFree(() => {
+        const statement = statements.get(sql) ?? database.prepare(sql.replaceAll("$", "?"));
+        statements.set(sql, statement);
+        return statement.all(...values);
+      }),
+    run: (script) =>
+      whenFree(() => {
+        database.exec("BEGIN IMMEDIATE");
         try {
-          return run(sql, values);
+          database.exec(`${script}; COMMIT`);
         } catch (error) {
-          const SQLITE_BUSY = 5; // another process is writing; the higher bits tell why
-          const code = error instanceof Error && "errcode" in error ? Number(error.errcode) & 0xff : 0;
-          if (code !== SQLITE_BUSY || Date.now() > deadline) throw error;
-          await delay(10);
+          database.exec("ROLLBACK");
+          throw error;
         }
-      }
-    },
-    ownTasks: "(SELECT count(*) AS count, max(created_at) AS newest FROM tasks WHERE owner = $1)",
+      }),
     close: () => Promise.resolve(database.close()),
   };
 }
 
-// Without a transaction that the client holds open, which postgres.js 3.4 does not end well when its connection is
-// lost (porsager/postgres#1208). A VOLATILE function sees what was committed while it waited for the lock.
-const POSTGRES_SCHEMA = `
-  SELECT pg_advisory_xact_lock(0);
-  ${SCHEMA};
-  CREATE OR REPLACE FUNCTION own_tasks(owner TEXT, OUT count BIGINT, OUT newest BIGINT) VOLATILE LANGUAGE sql AS $$
-    SELECT pg_advisory_xact_lock(hashtextextended(own_tasks.owner, 0));
-    SELECT count(*), max(created_at) FROM tasks WHERE tasks.owner = own_tasks.owner
-  $$`;
-
-/** Loaded only when asked for: `npm install postgres`. TLS is as the URL's `sslmode` says. */
-async function openPostgres(url: string): Promise<Database> {
-  const { default: postgres } = await import("postgres").catch(() => {
-    throw new Error("its driver is missing, run: npm install postgres");
+/** TLS is as the URL's `sslmode` says, read as libpq and other clients read it: `require` does not check the name. */
+async function openPostgres(url: string, warn: (line: string) => void): Promise<Database> {
+  const { default: pg } = await import("pg").catch(() => {
+    throw new Error("its driver is missing, run: npm install --save-prod pg");
   });
-  const connect = () =>
-    postgres(url, {
+  const connect = (limits: { statement_timeout?: number }) => {
+    const pool = new pg.Pool({
+      connectionString: `${url}${url.includes("?") ? "&" : "?"}uselibpqcompat=true`,
+      fallback_application_name: "tasks",
       max: 10,
-      connect_timeout: 5, // seconds
-      backoff: false, // while the database is away a call fails at once, and the first one after its return succeeds
-      connection: { application_name: "tasks", statement_timeout: 5_000 }, // milliseconds
-      onnotice: () => {}, // "relation already exists, skipping"
+      connectionTimeoutMillis: 5_000,
+      query_timeout: 3_000, // milliseconds: a host that has vanished answers nothing at all
+      ...limits,
     });
-  let sql = connect();
-  await sql.unsafe(POSTGRES_SCHEMA);
+    pool.on("error", () => {}); // an idle connection was lost: the pool opens another one when it needs it
+    return pool;
+  };
 
+  // Ends what waits for a lock in the database, too; without it such statements pile up there.
+  let pool = connect({ statement_timeout: 2_500 });
+  try {
+    await pool.query("SELECT 1");
+  } catch (error) {
+    await pool.end();
+    const PROTOCOL_VIOLATION = "08P01"; // what a pooler answers that takes no such setting from its clients
+    if (!(error instanceof Error && "code" in error && error.code === PROTOCOL_VIOLATION)) throw error;
+    warn(
+      "The pooler refuses statement_timeout: run ALTER ROLE … SET statement_timeout = '2500ms' in the database",
+    );
+    pool = connect({});
+  }
   return {
-    async query(text, values) {
-      const used = sql;
-      const answered = new AbortController();
-      const timeout = delay(8_000, undefined, { signal: answered.signal }).then(() => {
-        throw new Error("no answer from PostgreSQL in 8 seconds");
-      });
-      try {
-        return await Promise.race([used.unsafe(text, values, { prepare: true }), timeout]);
-      } catch (error) {
-        // A connection is lost, and the driver may never get over it (porsager/postgres#1208); or its host is gone,
-        // and TCP would wait for that for a quarter of an hour. So all are made anew.
-        const isLost = !(error instanceof postgres.PostgresError) || error.severity !== "ERROR";
-        if (isLost && used === sql) {
-          sql = connect();
-          void used.end({ timeout: 1 });
-        }
-        throw error;
-      } finally {
-        answered.abort();
-      }
-    },
-    ownTasks: "own_tasks($1)",
-    close: () => sql.end({ timeout: 2 }),
+    // No named statements and no client of one's own: poolers mix up the first, and an error on the second ends the process.
+    query: async (sql, values) => (await pool.query(sql, values)).rows,
+    // One simple query is one transaction. The lock lets servers that start at once make the tables one by one.
+    run: async (script) => void await pool.query(`SELECT pg_advisory_xact_lock(0); ${script}`),
+    close: () => pool.end(),
   };
 }
