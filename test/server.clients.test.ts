@@ -165,13 +165,16 @@ for (const part of ["half", "all"]) {
   });
 }
 
-test("a client that goes in the middle of a tool call leaves nothing open, and harms nobody", async (t) => {
+test("a tool whose client goes learns it through the SDK's signal, and harms nobody", async (t) => {
   const { asked, goOn, list } = waitingList();
   t.mock.method(server.store, "list", list);
+  const { mock } = t.mock.method(AbortController.prototype, "abort");
+  const isSdk = ({ stack }: { stack: Error }) => stack.stack?.includes("@modelcontextprotocol/sdk");
   const socket = await open();
   socket.write(wire(listTasks));
   await asked;
   socket.resetAndDestroy();
+  await until(() => mock.calls.some(isSdk), "the SDK aborts the call");
   await nothingOpen();
   goOn(); // the tool ends, and there is nobody to answer
   await assertServing();
