@@ -80,9 +80,7 @@ export function metadataUrl(resourceUrl: string): string {
  */
 export function challenge({ url, scopes }: ProtectedResource, error: Record<string, string> = {}): string {
   const parameters = { ...error, resource_metadata: metadataUrl(url), scope: scopes.join(" ") };
-  return `Bearer ${
-    Object.entries(parameters).map(([name, text]) => `${name}="${quotable(text)}"`).join(", ")
-  }`;
+  return `Bearer ${Object.entries(parameters).map(([name, text]) => `${name}="${quotable(text)}"`).join(", ")}`;
 }
 
 /** RFC 6750 §3 allows printable ASCII without quotes and backslashes. */
@@ -147,7 +145,8 @@ function bearerToken(authorization: string | undefined, resource: ProtectedResou
  */
 async function verifyToken(token: string, resource: ProtectedResource, keys: JWTVerifyGetKey) {
   const parts = token.split(".").length;
-  if (parts !== 3) throw invalidToken(resource, parts === 5 ? ENCRYPTED : OPAQUE);
+  if (parts === 5) throw invalidToken(resource, `Token is encrypted (a JWE of 5 parts): ${NO_AUDIENCE}`);
+  if (parts !== 3) throw invalidToken(resource, `Token is opaque, not a JWT: ${NO_AUDIENCE}`);
   try {
     const { payload, protectedHeader } = await jwtVerify(token, keys, {
       algorithms: ["RS256"],
@@ -158,8 +157,8 @@ async function verifyToken(token: string, resource: ProtectedResource, keys: JWT
     });
     // Other kinds of JWT come from the same keys: logout tokens, DPoP proofs (RFC 8725 §3.11, RFC 9068 §4).
     const type = protectedHeader.typ?.toLowerCase().replace(/^application\//, "") ?? "jwt";
-    if (type !== "jwt" && type !== "at+jwt") throw invalidToken(resource, OTHER_TYPE);
-    if (typeof payload.sub !== "string" || payload.sub === "") throw invalidToken(resource, NO_SUBJECT);
+    if (type !== "jwt" && type !== "at+jwt") throw invalidToken(resource, "Token has another typ than JWT or at+jwt");
+    if (typeof payload.sub !== "string" || !payload.sub) throw invalidToken(resource, "Token's sub claim names nobody");
     return { caller: toCaller(payload.sub, payload), expiresAt: payload.exp ?? 0 };
   } catch (error) {
     throw error instanceof AuthError ? error : explain(error, resource);
@@ -186,25 +185,16 @@ function toCaller(subject: string, payload: JWTPayload): Caller {
 
 // ------------------------------------------------------------------------------------ what a refusal means
 
-const ENCRYPTED =
-  "Token is encrypted (a JWE of 5 parts), which no API can read: Auth0 did not know for which API " +
-  "it was. Set the Default Audience, README Step 2";
-const OPAQUE =
-  "Token is opaque, not a JWT: Auth0 issued it for no API. Set the Default Audience, README Step 2";
-const OTHER_TYPE = "Token is of another type: expected typ JWT or at+jwt. Send the access token";
-const NO_SUBJECT = "Token has no subject: the sub claim must be a non-empty string";
+const NO_AUDIENCE = "Auth0 did not know for which API it was. Set the Default Audience, README Step 2";
 const MALFORMED = "Token is malformed: it has three parts as a JWT does, but they cannot be read as one";
-const OTHER_KEY =
-  "Token is signed with a key that AUTH0_DOMAIN does not publish: it comes from another tenant, or " +
+const OTHER_KEY = "Token is signed with a key that AUTH0_DOMAIN does not publish: it comes from another tenant, or " +
   "from before a key was revoked. Compare AUTH0_DOMAIN, README Step 0";
 
-/** jose's codes of errors that are the token's own fault. All other errors mean that no key could be had. */
+/** What is the token's own fault, by jose's code. Every other error means that no key could be had. */
 const MEANINGS: Record<string, string> = {
   ERR_JWT_EXPIRED: "Token has expired: refresh it, or sign in again",
-  ERR_JOSE_ALG_NOT_ALLOWED:
-    "Token is not signed with RS256: choose RS256 as Signing Algorithm of the API, README Step 1",
-  ERR_JWS_SIGNATURE_VERIFICATION_FAILED:
-    "Token's signature does not fit its content: it was altered on the way, or forged",
+  ERR_JOSE_ALG_NOT_ALLOWED: "Token is not signed with RS256: choose it as Signing Algorithm of the API, README Step 1",
+  ERR_JWS_SIGNATURE_VERIFICATION_FAILED: "Token's signature does not fit its content: it was altered, or forged",
   ERR_JWKS_NO_MATCHING_KEY: OTHER_KEY,
   ERR_JWKS_MULTIPLE_MATCHING_KEYS: OTHER_KEY,
   ERR_JWS_INVALID: MALFORMED,

@@ -13,6 +13,7 @@
 import { once } from "node:events";
 import { existsSync, readFileSync, realpathSync } from "node:fs";
 import * as http from "node:http";
+import type { AddressInfo } from "node:net";
 import { fileURLToPath } from "node:url";
 import { parseEnv } from "node:util";
 // @ts-types="@modelcontextprotocol/sdk/shared/mediaType"
@@ -36,13 +37,11 @@ export const environment = z.object({
     "begins with a scheme": (text) => text.includes("://") && !isLoopback(hostOf(text)), // but for the stand-in tenant
     "holds a slash": (text) => text.replace("://", "").includes("/"),
     "holds a capital letter": (text) => /[A-Z]/.test(text),
-    "is no domain": (text) =>
-      !text.includes("://") && !/^([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$/.test(text),
+    "is no domain": (text) => !/^([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$/.test(text) && !isOrigin(text),
   })).describe("the tenant's domain and nothing else, such as your-tenant.us.auth0.com"),
   MCP_SERVER_URL: z.string().superRefine(firstBroken({
     "is no URL": (text) => !URL.canParse(text),
-    "is not https": (text) =>
-      !text.startsWith("https:") && !(text.startsWith("http:") && isLoopback(hostOf(text))),
+    "is not https": (text) => !text.startsWith("https:") && !(text.startsWith("http:") && isLoopback(hostOf(text))),
     "has a query or a fragment": (text) => /[?#]/.test(text),
     "has no path": (text) => new URL(text).pathname === "/",
     "ends in a slash": (text) => text.endsWith("/"),
@@ -56,22 +55,14 @@ export const environment = z.object({
   PORT: z.string().regex(/^\d{1,5}$/, { error: "is no number", abort: true }).transform(Number)
     .refine((port) => port <= 65_535, "is too large").default(3000).describe("a port number, 0 to 65535"),
   HOST: z.string().default("127.0.0.1"),
-  DATABASE_URL: databaseUrlSchema.optional(),
-  ENFORCE_SCOPES: z.enum(["true", "false"], "is neither").default("false").transform((text) =>
-    text === "true"
-  )
+  DATABASE_URL: databaseUrlSchema,
+  ENFORCE_SCOPES: z.enum(["true", "false"], "is neither").default("false").transform((text) => text === "true")
     .describe("true or false"),
-  ALLOWED_ORIGINS: z.string().default("").transform((text) =>
-    text.split(",").map((one) => one.trim()).filter(Boolean)
-  )
-    .refine(
-      (origins) => origins.every((origin) => /^[a-z][a-z\d+.-]*:\/\/[^\s/?#@A-Z]+$/.test(origin)),
-      "holds another",
-    )
+  ALLOWED_ORIGINS: z.string().default("").transform((text) => text.split(",").map((one) => one.trim()).filter(Boolean))
+    .refine((origins) => origins.every(isOrigin), "holds what is no origin")
     .describe("origins such as https://example.com, comma separated: no path, no slash, lower case"),
   OPENAI_APPS_CHALLENGE: z.string().optional(),
-  LOG_LEVEL: z.enum(["silent", "info", "debug"], "is none of them").default("info")
-    .describe("silent, info or debug"),
+  LOG_LEVEL: z.enum(["silent", "info", "debug"], "is none of them").default("info").describe("silent, info or debug"),
 });
 
 const settingsSchema = environment.transform((env) => ({
@@ -148,6 +139,11 @@ function isLoopback(hostname: string): boolean {
   return /^(localhost|127(\.\d+){3}|\[::1\])$/.test(hostname);
 }
 
+/** Of any scheme, as browsers send it. */
+function isOrigin(text: string): boolean {
+  return /^[a-z][a-z\d+.-]*:\/\/[^\s/?#@A-Z]+$/.test(text);
+}
+
 // ------------------------------------------------------------------------------------------------------ HTTP
 
 const MAX_BODY_BYTES = 1024 * 1024;
@@ -168,11 +164,7 @@ class HttpError extends Error {
   readonly code: number;
   readonly id: string | number | null;
 
-  constructor(
-    status: number,
-    message: string,
-    { headers = {}, code = -32000, id = null }: Partial<HttpError> = {},
-  ) {
+  constructor(status: number, message: string, { headers = {}, code = -32000, id = null }: Partial<HttpError> = {}) {
     super(message);
     this.status = status;
     this.headers = headers;
@@ -207,11 +199,7 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
   const authenticate = createAuthenticator(resource, log.info);
   const createMcpServer = createMcpServerFactory({ resource, enforceScopes, warn: log.info });
 
-  const metadata = readOnly(() => ({
-    status: 200,
-    body: protectedResourceMetadata(resource),
-    headers: { "Access-Control-Allow-Origin": "*" },
-  }));
+  const metadata = readOnly(() => ({ status: 200, body: protectedResourceMetadata(resource) }));
   const routes = new Map<string, Route>([
     [normalPath(new URL(serverUrl).pathname), serveMcp],
     [normalPath(new URL(metadataUrl(serverUrl)).pathname), metadata],
@@ -225,40 +213,28 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
   async function handle(request: http.IncomingMessage, response: http.ServerResponse, signal: AbortSignal) {
     const route = routes.get(pathOf(request));
     const { origin } = request.headers;
-    if (origin !== undefined && route !== metadata) {
+    if (route === metadata) response.setHeader("Access-Control-Allow-Origin", "*");
+    else if (origin !== undefined) {
       // A page in the user's browser must not reach a server it was not meant for (MCP, Streamable HTTP, Security).
       const isLocal = /^https?:/.test(origin) && isLoopback(hostOf(origin));
-      if (!isLocal && !origins.has(origin)) {
-        throw new HttpError(403, `Origin ${origin} is not allowed: add it to ALLOWED_ORIGINS`);
-      }
+      const message = `Origin ${origin} is not allowed: add it to ALLOWED_ORIGINS`;
+      if (!isLocal && !origins.has(origin)) throw new HttpError(403, message);
       response.setHeader("Access-Control-Allow-Origin", origin);
-      response.setHeader(
-        "Access-Control-Expose-Headers",
-        "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version",
-      );
       response.setHeader("Vary", "Origin");
     }
-    if (route === undefined) {
-      throw new HttpError(404, `Nothing is served here. The MCP endpoint is ${serverUrl}`);
-    }
-    return request.method === "OPTIONS"
-      ? preflight(request, route === metadata ? "*" : origin)
-      : route(request, signal);
+    response.setHeader("Access-Control-Expose-Headers", "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version");
+    if (route === undefined) throw new HttpError(404, `Nothing is served here. The MCP endpoint is ${serverUrl}`);
+    return request.method === "OPTIONS" ? preflight(request) : route(request, signal);
   }
 
   async function serveMcp(request: http.IncomingMessage, signal: AbortSignal): Promise<Reply> {
     const [authorization, ...others] = new Set(request.headersDistinct.authorization);
-    if (others.length > 0) {
-      throw new HttpError(400, "Two different Authorization headers: which one counts would be a guess");
-    }
+    if (others.length > 0) throw new HttpError(400, "Two different Authorization headers: one of them is not meant");
     const caller = await authenticate(authorization);
-    if (request.method !== "POST") {
-      throw new HttpError(405, "Only POST is served here: there are no streams and no sessions", {
-        headers: { Allow: "POST" },
-      });
-    }
+    if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { headers: { Allow: "POST" } });
     const message = readMessage(await readJson(request));
     checkProtocolVersion(request, message);
+    signal.throwIfAborted();
 
     const server = createMcpServer(caller, store);
     const transport = new PostTransport();
@@ -287,15 +263,13 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
     if (!gone.signal.aborted) send(response, reply);
     request.resume(); // what is left of a refused body: a client that is still sending would not see the answer
 
-    const { caller, call, status, refusal } = reply;
-    const write = refusal === undefined || gone.signal.aborted ? log.debug : log.info;
+    const { caller, call, refusal } = reply;
+    const [status, why] = gone.signal.aborted ? ["cut off", "the client has gone"] : [reply.status, refusal];
+    const write = gone.signal.aborted || refusal === undefined ? log.debug : log.info;
     write(() => {
       const time = `${Math.round(performance.now() - started)} ms`;
-      const claims = settings.logLevel === "debug" && caller ? JSON.stringify(caller.claims) : "";
-      const end = gone.signal.aborted ? "the client has gone" : refusal;
-      return [request.method, pathOf(request), call, status, time, caller?.subject, claims, end].filter(
-        Boolean,
-      ).join(" ");
+      const who = caller && [caller.subject, JSON.stringify(caller.claims)];
+      return [request.method, pathOf(request), call, status, time, who, why].flat().filter(Boolean).join(" ");
     });
   });
   server.timeout = 120_000; // milliseconds without a byte either way: who never reads a reply holds no socket for ever
@@ -348,12 +322,11 @@ function readOnly(show: () => Reply | Promise<Reply>): Route {
   };
 }
 
-/** What a page may send. The token decides about the rest. */
-function preflight({ headers }: http.IncomingMessage, origin = "*"): Reply {
+/** Allows pages of an allowed origin to send what they like: the token decides. */
+function preflight({ headers }: http.IncomingMessage): Reply {
   return {
     status: 204,
     headers: {
-      "Access-Control-Allow-Origin": origin,
       "Access-Control-Allow-Methods": "GET, POST, DELETE",
       "Access-Control-Allow-Headers": headers["access-control-request-headers"] ?? "",
       "Access-Control-Max-Age": "86400",
@@ -542,9 +515,9 @@ async function main() {
     const why = isTaken ? "the port is in use. Set PORT to another" : reason(error);
     throw new Error(`Cannot listen on ${host}:${port}: ${why}`);
   }
-  const address = server.address();
-  const actual = typeof address === "object" ? address?.port : port;
-  log.info(`Listening on ${host}:${actual} for ${serverUrl}, with users from ${issuer}`);
+  log.info(
+    `Listening on ${host}:${(server.address() as AddressInfo).port} for ${serverUrl}, with users from ${issuer}`,
+  );
 }
 
 const isMain = process.argv[1] !== undefined &&

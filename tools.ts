@@ -10,11 +10,7 @@ import { fileURLToPath } from "node:url";
 // @ts-types="@modelcontextprotocol/sdk/server/mcp"
 import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 // @ts-types="@modelcontextprotocol/sdk/types"
-import {
-  CallToolRequestSchema,
-  ListToolsRequestSchema,
-  ToolSchema,
-} from "@modelcontextprotocol/sdk/types.js";
+import { CallToolRequestSchema, ListToolsRequestSchema, ToolSchema } from "@modelcontextprotocol/sdk/types.js";
 // @ts-types="@modelcontextprotocol/sdk/types"
 import type { CallToolResult, Tool as ListedTool } from "@modelcontextprotocol/sdk/types.js";
 import { AjvJsonSchemaValidator } from "@modelcontextprotocol/sdk/validation/ajv";
@@ -53,6 +49,10 @@ const dueAtSchema = z.iso.datetime({ offset: true }).transform((time) => new Dat
   .nullish()
   .describe("When it is due, ISO 8601 with a time zone such as 2026-12-01T09:00:00+01:00; null for no date");
 const idSchema = textSchema(1, 100).describe("The id of a task, from list_tasks or create_task");
+/** The last task of a page. The next page starts after it, whatever is added or deleted meanwhile. */
+const cursorSchema = z.string().max(100).transform((cursor) => cursor.split("_"))
+  .pipe(z.tuple([z.iso.datetime(), z.uuid()], "It must be the next_cursor of a page"))
+  .transform(([created_at, id]) => ({ created_at, id }));
 
 // ------------------------------------------------------------------------------------------------ the tools
 
@@ -90,14 +90,12 @@ const tools = [
     name: "list_tasks",
     scope: "tasks:read",
     title: "List tasks",
-    description:
-      "Use this when the user asks what there is to do, and to find the id of a task before changing it. " +
+    description: "Use this when the user asks what there is to do, and to find the id of a task before changing it. " +
       "Newest first; pass next_cursor as cursor for the next page.",
     inputSchema: z.object({
       status: statusSchema.optional().describe("Only tasks with this status"),
       limit: z.int().min(1).max(100).default(20).describe("How many at most"),
-      cursor: z.string().max(100).refine(isCursor, "It must be the next_cursor of a page").optional()
-        .describe("next_cursor of the page before"),
+      cursor: cursorSchema.optional().describe("next_cursor of the page before"),
     }),
     example: { status: "todo", limit: 20 },
     outputSchema: z.object({ tasks: z.array(taskSchema), next_cursor: z.string().optional() }),
@@ -105,10 +103,10 @@ const tools = [
     _meta: progress("Reading your tasks", "Tasks read"),
     async run({ status, limit, cursor }, { caller, store }) {
       // One more than asked for tells whether there is a next page.
-      const found = await store.list(caller.subject, { status, after: fromCursor(cursor), limit: limit + 1 });
+      const found = await store.list(caller.subject, { status, after: cursor, limit: limit + 1 });
       const tasks = found.slice(0, limit);
       const last = tasks.at(-1);
-      return found.length > limit && last ? { tasks, next_cursor: toCursor(last) } : { tasks };
+      return last && found.length > limit ? { tasks, next_cursor: `${last.created_at}_${last.id}` } : { tasks };
     },
   }),
 
@@ -120,8 +118,8 @@ const tools = [
       "Use this when the user wants to remember or plan something new. Not for changing a task: see update_task.",
     inputSchema: z.object({
       title: titleSchema,
-      notes: notesSchema,
-      due_at: dueAtSchema,
+      notes: notesSchema.default(null),
+      due_at: dueAtSchema.default(null),
       // A model may repeat a call whose reply it lost; the key makes the second one harmless.
       idempotency_key: textSchema(1, 200).optional()
         .describe("Any string made up for this task: calling again with it gives the same task back"),
@@ -130,9 +128,9 @@ const tools = [
     outputSchema: z.object({ task: taskSchema }),
     annotations: { readOnlyHint: false, destructiveHint: false, idempotentHint: false, openWorldHint: false },
     _meta: progress("Writing the task down", "Task created"),
-    async run({ title, notes = null, due_at = null, idempotency_key }, { caller, store }) {
+    async run({ idempotency_key, ...fields }, { caller, store }) {
       // The owner comes from the token, never from the input.
-      const task = await store.create(caller.subject, { title, notes, due_at }, idempotency_key);
+      const task = await store.create(caller.subject, fields, idempotency_key);
       if (task) return { task };
       throw new ToolError(
         `There are ${MAX_TASKS} tasks already, the most a user can have. Delete some with delete_task first`,
@@ -186,22 +184,6 @@ function unknownTask(id: string) {
   return new ToolError(`id: no task has the id ${id}. Call list_tasks for those there are`);
 }
 
-/** Where a page ends: the next one starts after this task, whatever is added or deleted meanwhile. */
-type Position = Pick<Task, "created_at" | "id">;
-
-function toCursor({ created_at, id }: Position): string {
-  return `${created_at}_${id}`;
-}
-
-function fromCursor(cursor: string | undefined): Position | undefined {
-  const [created_at = "", id = ""] = cursor?.split("_") ?? [];
-  return cursor === undefined ? undefined : { created_at, id };
-}
-
-function isCursor(cursor: string): boolean {
-  return z.tuple([z.iso.datetime(), z.uuid()]).safeParse(cursor.split("_")).success;
-}
-
 /** What ChatGPT shows while the tool runs, and afterwards. */
 function progress(invoking: string, invoked: string) {
   return { "openai/toolInvocation/invoking": invoking, "openai/toolInvocation/invoked": invoked };
@@ -227,21 +209,14 @@ interface Definition<Input extends z.ZodObject, Output extends z.ZodObject> {
   run(input: z.output<Input>, context: Context): Promise<z.output<Output>>;
 }
 
-interface Tool {
-  scope: string | undefined;
-  listed: ListedTool;
-  /** @throws {ToolError} When the input does not fit the schema, and whatever `run` throws. */
-  call(input: Record<string, unknown>, context: Context): Promise<Record<string, unknown>>;
-}
-
 /** Makes of a definition what the tool lists and how it is called. The two schemas type `run`. */
 function defineTool<Input extends z.ZodObject, Output extends z.ZodObject>(
   { scope, inputSchema, outputSchema, example, run, ...listed }: Definition<Input, Output>,
-): Tool {
+) {
   return {
     scope,
     listed: { ...listed, inputSchema: toJsonSchema(inputSchema), outputSchema: toJsonSchema(outputSchema) },
-    async call(input, context) {
+    async call(input: Record<string, unknown>, context: Context): Promise<Record<string, unknown>> {
       const { success, data, error } = inputSchema.safeParse(withoutNulls(input, inputSchema));
       if (success) return await run(data, context);
       const problems = error.issues.map(({ path, message }) => `${path.join(".")}: ${message}`);
@@ -273,13 +248,6 @@ function toJsonSchema(schema: z.ZodObject): ListedTool["inputSchema"] {
 
 // ------------------------------------------------------------------------------------------------ MCP server
 
-export interface ToolSettings {
-  resource: ProtectedResource;
-  enforceScopes: boolean;
-  /** Takes a line for the operator when a tool fails for a reason that is not the caller's. */
-  warn: (line: string) => void;
-}
-
 // `offline_access` stands in every list: without it clients ask for no refresh token, and users have to sign
 // in again every day. Left to themselves ChatGPT and the SDK's clients ask for the union of these lists.
 const SIGN_IN_SCOPES = ["openid", "profile", "email", "offline_access"];
@@ -297,34 +265,36 @@ export function requestedScopes(enforceScopes: boolean): string[] {
  * The two handlers stand where the SDK's documentation calls `registerTool`, which drops the top-level
  * `securitySchemes` that OpenAI documents, and would make every schema anew for each request.
  */
-export function createMcpServerFactory(
-  settings: ToolSettings,
-): (caller: Caller, store: TaskStore) => McpServer {
+export function createMcpServerFactory(settings: ToolSettings) {
   const info = { name: "tasks", title: RESOURCE_NAME, version: "1.0.0" };
   const options = {
     capabilities: { tools: {} },
     instructions: "Each signed-in user's own task list.",
     jsonSchemaValidator: new AjvJsonSchemaValidator(), // made per request, as by default, it costs 0.3 ms
   };
-  const list = tools.map((tool) => toListed(tool, settings));
+  const list = tools.map(({ scope, listed }) => {
+    const scopes = settings.enforceScopes ? [scope ?? [], "offline_access"].flat() : SIGN_IN_SCOPES;
+    const securitySchemes = [{ type: "oauth2", scopes }];
+    return { ...listed, securitySchemes, _meta: { securitySchemes, ...listed._meta } }; // _meta: for older hosts
+  });
 
-  return (caller, store) => {
+  return (caller: Caller, store: TaskStore): McpServer => {
     const server = new McpServer(info, options);
     server.server.setRequestHandler(ListToolsRequestSchema, () => ({ tools: list }));
     server.server.setRequestHandler(
       CallToolRequestSchema,
-      ({ params }, { signal }) =>
-        call(params.name, params.arguments ?? {}, { caller, store, signal }, settings),
+      ({ params: { name, arguments: input = {} } }, { signal }) =>
+        call(name, input, { caller, store, signal }, settings),
     );
     return server;
   };
 }
 
-/** The tool, and the scopes that a client has to ask for before it can call it. `_meta` repeats them for older hosts. */
-function toListed({ scope, listed }: Tool, { enforceScopes }: ToolSettings) {
-  const scopes = enforceScopes ? [scope ?? [], "offline_access"].flat() : SIGN_IN_SCOPES;
-  const securitySchemes = [{ type: "oauth2", scopes }];
-  return { ...listed, securitySchemes, _meta: { securitySchemes, ...listed._meta } };
+interface ToolSettings {
+  resource: ProtectedResource;
+  enforceScopes: boolean;
+  /** Takes a line for the operator when a tool fails for a reason that is not the caller's. */
+  warn: (line: string) => void;
 }
 
 /** Runs a tool. Whatever goes wrong is a tool error that the model can read, never an exception. */
@@ -332,24 +302,23 @@ async function call(
   name: string,
   input: Record<string, unknown>,
   context: Context,
-  settings: ToolSettings,
+  { resource, enforceScopes, warn }: ToolSettings,
 ): Promise<CallToolResult> {
   const tool = tools.find(({ listed }) => listed.name === name);
-  if (tool === undefined) {
-    return toolError(
-      `There is no tool ${name.slice(0, 100)}, but ${tools.map(({ listed }) => listed.name).join(", ")}`,
-    );
-  }
-  if (settings.enforceScopes && tool.scope !== undefined && !context.caller.scopes.has(tool.scope)) {
-    return insufficientScope(tool.scope, settings.resource);
-  }
   try {
+    if (tool === undefined) {
+      throw new ToolError(
+        `There is no tool ${name.slice(0, 100)}. There are ${tools.map(({ listed }) => listed.name).join(", ")}`,
+      );
+    }
+    const { scope } = tool;
+    if (enforceScopes && scope && !context.caller.scopes.has(scope)) return insufficientScope(scope, resource);
     const structuredContent = await tool.call(input, context);
     // The same twice, for hosts that read only one of the two (MCP 2025-11-25, Tools, Structured Content).
     return { content: [{ type: "text", text: JSON.stringify(structuredContent) }], structuredContent };
   } catch (error) {
     if (error instanceof ToolError) return toolError(error.message);
-    settings.warn(`${name} failed: ${reason(error)}`);
+    warn(`${name} failed: ${reason(error)}`);
     return toolError(
       "The tasks cannot be reached right now. Try again in a minute; a change may have been made or not, so " +
         "look with list_tasks first",
@@ -375,13 +344,13 @@ function insufficientScope(scope: string, resource: ProtectedResource): CallTool
 // ------------------------------------------------------------------------------------------------- the store
 
 /** What a user gives for a new task; `due_at` in UTC. */
-type NewTask = Pick<Task, "title" | "notes" | "due_at">;
+type NewTask = Omit<Task, "id" | "status" | "created_at" | "updated_at">;
 /** Fields left out, or undefined, stay as they are. */
 type Changes = { [Field in keyof NewTask | "status"]?: Task[Field] | undefined };
+/** `after` is the last task of the page before, and undefined for the first page. */
 interface Page {
   status?: Task["status"] | undefined;
-  /** The last task of the page before; undefined for the first page. */
-  after?: Position | undefined;
+  after?: Pick<Task, "created_at" | "id"> | undefined;
   limit: number;
 }
 
@@ -406,35 +375,30 @@ export interface TaskStore {
 const isPostgres = (url: string) => /^postgres(ql)?:/.test(url);
 
 /** What DATABASE_URL may be. A URL that cannot be parsed would be quoted by drivers, its password with it. */
-export const databaseUrlSchema = z.string().refine(
-  (url) => url === "memory:" || /^file:./.test(url) || (isPostgres(url) && URL.canParse(url)),
-  { error: "is no such URL (in a password, write # as %23)", abort: true },
-).describe("file:tasks.db, memory: or postgres://user:password@host/database");
+export const databaseUrlSchema = z.string()
+  .refine((url) => url === "memory:" || /^file:./.test(url) || (isPostgres(url) && URL.canParse(url)), "is no such URL")
+  .optional()
+  .describe("file:tasks.db, memory: or postgres://user:password@host/database (in a password, # is written %23)");
 
 /**
  * Opens the store that DATABASE_URL names.
  *
- * @param url As `databaseUrlSchema` says; undefined for `file:tasks.db` where the runtime has SQLite, else memory
- *   and a warning.
+ * @param url Undefined for `file:tasks.db` where the runtime has SQLite, else memory and a warning.
  * @throws {Error} A line for the operator, when what was asked for cannot be had or cannot be written to.
  */
-export async function openTaskStore(
-  url: string | undefined,
-  warn: (line: string) => void,
-): Promise<TaskStore> {
+export async function openTaskStore(url: string | undefined, warn: (line: string) => void): Promise<TaskStore> {
   const asked = url ?? "file:tasks.db";
-  if (asked === "memory:") return new MemoryStore();
+  if (asked === "memory:") return memoryStore();
   try {
     const database = await (isPostgres(asked) ? openPostgres(asked, warn) : openSqlite(asked));
     await applyChanges(database);
-    return new SqlStore(database);
+    return sqlStore(database);
   } catch (error) {
     if (url === undefined && error instanceof NoSqlite) {
       warn(`${error.message}: tasks are kept in memory, and lost when the server stops`);
-      return new MemoryStore();
+      return memoryStore();
     }
-    // A postgres URL holds a password: it is not repeated.
-    const name = isPostgres(asked) ? "PostgreSQL" : asked;
+    const name = isPostgres(asked) ? "PostgreSQL" : asked; // a postgres URL holds a password
     throw new Error(`DATABASE_URL: ${name} cannot be used: ${reason(error)}`, { cause: error });
   }
 }
@@ -444,6 +408,12 @@ function newTask(fields: NewTask): Task {
   return { id: randomUUID(), ...fields, status: "todo", created_at: time, updated_at: time };
 }
 
+/** The fields of a task that change with an update. */
+function changedFields(changes: Changes): Partial<Task> {
+  const given = Object.entries(changes).filter(([, value]) => value !== undefined);
+  return { ...Object.fromEntries(given), updated_at: now() };
+}
+
 /** Later than the time before it, so that tasks of one millisecond keep their order. */
 function now(): string {
   latest = Math.max(Date.now(), latest + 1);
@@ -451,55 +421,53 @@ function now(): string {
 }
 let latest = 0;
 
-function given(changes: Changes): Partial<Task> {
-  return Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
+/** For tests, and for runtimes without SQLite. */
+function memoryStore(): TaskStore {
+  const entries = new Map<string, { task: Task; key: string | undefined }[]>(); // each owner's, newest first
+  const of = (owner: string) => entries.get(owner) ?? [];
+  return {
+    async list(owner, { status, after, limit }) {
+      const tasks = of(owner).map(({ task }) => task).filter((task) =>
+        task.status === (status ?? task.status) && task.created_at < (after ?? BEFORE_ALL).created_at
+      );
+      return tasks.slice(0, limit);
+    },
+    async create(owner, fields, key) {
+      const known = of(owner).find((entry) => key !== undefined && entry.key === key);
+      if (known !== undefined || of(owner).length >= MAX_TASKS) return known?.task;
+      const task = newTask(fields);
+      entries.set(owner, [{ task, key }, ...of(owner)]);
+      return task;
+    },
+    async update(owner, id, changes) {
+      const entry = of(owner).find(({ task }) => task.id === id);
+      if (entry !== undefined) entry.task = { ...entry.task, ...changedFields(changes) };
+      return entry?.task;
+    },
+    async delete(owner, id) {
+      const found = of(owner).find(({ task }) => task.id === id);
+      entries.set(owner, of(owner).filter((entry) => entry !== found));
+      return found !== undefined;
+    },
+    async check() {},
+    async close() {},
+  };
 }
 
-/** For tests, and for runtimes without SQLite. */
-class MemoryStore implements TaskStore {
-  readonly #owners = new Map<string, { task: Task; key: string | undefined }[]>(); // each one's, newest first
+type Value = string | number | null;
 
-  #of(owner: string) {
-    const own = this.#owners.get(owner) ?? [];
-    this.#owners.set(owner, own);
-    return own;
-  }
-
-  async list(owner: string, { status, after, limit }: Page) {
-    const tasks = this.#of(owner).map(({ task }) => task).filter((task) =>
-      (status === undefined || task.status === status) &&
-      (after === undefined || toCursor(task) < toCursor(after))
-    );
-    return tasks.slice(0, limit);
-  }
-
-  async create(owner: string, fields: NewTask, key?: string) {
-    const own = this.#of(owner);
-    const known = own.find((entry) => key !== undefined && entry.key === key);
-    if (known !== undefined || own.length >= MAX_TASKS) return known?.task;
-    const task = newTask(fields);
-    own.unshift({ task, key });
-    return task;
-  }
-
-  async update(owner: string, id: string, changes: Changes) {
-    const entry = this.#of(owner).find(({ task }) => task.id === id);
-    if (entry !== undefined) entry.task = { ...entry.task, ...given(changes), updated_at: now() };
-    return entry?.task;
-  }
-
-  async delete(owner: string, id: string) {
-    const index = this.#of(owner).findIndex(({ task }) => task.id === id);
-    return index >= 0 && this.#of(owner).splice(index, 1).length > 0;
-  }
-
-  async check() {}
-  async close() {}
+/** What SQLite and PostgreSQL differ in. */
+interface Database {
+  /** One statement, with the values for its `$1`, `$2`, … Its rows are tasks unless it selects something else. */
+  query<Row = Task>(sql: string, values?: Value[]): Promise<Row[]>;
+  /** Several statements: all of them, or none. */
+  run(script: string): Promise<void>;
+  close(): Promise<void>;
 }
 
 /**
- * What makes the tables, in order. To change them, append a statement and leave those before it as they are: each
- * start applies what a database has not had yet. Both databases have to understand it.
+ * What makes the tables, in order. To change them, append a statement that both databases understand, and leave
+ * those before it as they are: each start applies what a database has not had yet.
  */
 const CHANGES = [
   `CREATE TABLE tasks (
@@ -509,96 +477,59 @@ const CHANGES = [
    CREATE INDEX tasks_by_status ON tasks (owner, status, created_at, id)`,
 ];
 
-async function applyChanges(database: Database): Promise<void> {
-  await database.run("CREATE TABLE IF NOT EXISTS schema_changes (number INTEGER PRIMARY KEY)");
-  const countApplied = async () => (await database.query("SELECT number FROM schema_changes", [])).length;
+async function applyChanges({ query, run, close }: Database): Promise<void> {
+  const countApplied = async () => (await query("SELECT number FROM schema_changes")).length;
+  await run("CREATE TABLE IF NOT EXISTS schema_changes (number INTEGER PRIMARY KEY)");
   for (let number = await countApplied(); number < CHANGES.length; number++) {
     try {
-      await database.run(`INSERT INTO schema_changes VALUES (${number}); ${CHANGES[number]}`);
+      await run(`INSERT INTO schema_changes VALUES (${number}); ${CHANGES[number]}`);
     } catch (error) {
       if (await countApplied() > number) continue; // another server, started beside this one, was faster
+      await close();
       const isOlder = number === 0 && /already exists/.test(reason(error));
-      throw isOlder
-        ? new Error("it holds tables of an older template. Name another one, or rename them")
-        : error;
+      throw isOlder ? new Error("it holds tables of an older template. Name another one, or rename them") : error;
     }
   }
 }
 
-type Value = string | number | null;
-
-/** What SQLite and PostgreSQL differ in. */
-interface Database {
-  /** One statement, with the values for its `$1`, `$2`, … */
-  query(sql: string, values: Value[]): Promise<unknown[]>;
-  /** Several statements: all of them, or none. */
-  run(script: string): Promise<void>;
-  close(): Promise<void>;
-}
-
 const COLUMNS = Object.keys(taskSchema.shape).join(", ");
-const FIRST_PAGE: Position = { created_at: "9999-12-31T23:59:59.999Z", id: "" };
+const BEFORE_ALL = { created_at: "9999-12-31T23:59:59.999Z", id: "" };
 
 /** Tasks in SQL that both databases understand. All columns are text. */
-class SqlStore implements TaskStore {
-  readonly #database: Database;
-
-  constructor(database: Database) {
-    this.#database = database;
-  }
-
-  /** Rows of the statements below, which all select COLUMNS. */
-  async #tasks(sql: string, values: Value[]): Promise<Task[]> {
-    return await this.#database.query(sql, values) as Task[];
-  }
-
-  list(owner: string, { status, after: { created_at, id } = FIRST_PAGE, limit }: Page) {
-    return this.#tasks(
-      `SELECT ${COLUMNS} FROM tasks WHERE owner = $1 AND (created_at, id) < ($2, $3)
-         ${status === undefined ? "" : "AND status = $5"} ORDER BY created_at DESC, id DESC LIMIT $4`,
-      [owner, created_at, id, limit, ...(status === undefined ? [] : [status])],
-    );
-  }
-
-  async create(owner: string, fields: NewTask, key: string | null = null) {
-    const row = { owner, idempotency_key: key, ...newTask(fields) };
-    const placeholders = Object.keys(row).map((_, index) => `$${index + 1}`);
-    const [created] = await this.#tasks(
-      `INSERT INTO tasks (${Object.keys(row).join(", ")}) SELECT ${placeholders.join(", ")}
-         WHERE (SELECT count(*) FROM tasks WHERE owner = $1) < ${MAX_TASKS}
-         ON CONFLICT (owner, idempotency_key) DO NOTHING RETURNING ${COLUMNS}`,
-      Object.values(row),
-    );
-    if (created !== undefined || key === null) return created;
-    const [known] = await this.#tasks(
-      `SELECT ${COLUMNS} FROM tasks WHERE owner = $1 AND idempotency_key = $2`,
-      [owner, key],
-    );
-    return known;
-  }
-
-  async update(owner: string, id: string, changes: Changes) {
-    const changed = { ...given(changes), updated_at: now() };
-    const assignments = Object.keys(changed).map((column, index) => `${column} = $${index + 3}`);
-    const [task] = await this.#tasks(
-      `UPDATE tasks SET ${assignments.join(", ")} WHERE owner = $1 AND id = $2 RETURNING ${COLUMNS}`,
-      [owner, id, ...Object.values(changed)],
-    );
-    return task;
-  }
-
-  async delete(owner: string, id: string) {
-    const sql = `DELETE FROM tasks WHERE owner = $1 AND id = $2 RETURNING ${COLUMNS}`;
-    return (await this.#tasks(sql, [owner, id])).length > 0;
-  }
-
-  async check() {
-    await this.#database.query("SELECT id FROM tasks LIMIT 1", []);
-  }
-
-  close() {
-    return this.#database.close();
-  }
+function sqlStore({ query, close }: Database): TaskStore {
+  return {
+    list: (owner, { status, after = BEFORE_ALL, limit }) =>
+      query(
+        `SELECT ${COLUMNS} FROM tasks WHERE owner = $1 AND (created_at, id) < ($2, $3)
+           ${status === undefined ? "" : "AND status = $5"} ORDER BY created_at DESC, id DESC LIMIT $4`,
+        [owner, after.created_at, after.id, limit, status ?? []].flat(),
+      ),
+    async create(owner, fields, key) {
+      const row = { owner, idempotency_key: key ?? null, ...newTask(fields) };
+      const placeholders = Object.keys(row).map((_, index) => `$${index + 1}`);
+      const [created] = await query(
+        `INSERT INTO tasks (${Object.keys(row).join(", ")}) SELECT ${placeholders.join(", ")}
+           WHERE (SELECT count(*) FROM tasks WHERE owner = $1) < ${MAX_TASKS}
+           ON CONFLICT (owner, idempotency_key) DO NOTHING RETURNING ${COLUMNS}`,
+        Object.values(row),
+      );
+      if (created !== undefined || key === undefined) return created;
+      const sql = `SELECT ${COLUMNS} FROM tasks WHERE owner = $1 AND idempotency_key = $2`;
+      return (await query(sql, [owner, key]))[0];
+    },
+    async update(owner, id, changes) {
+      const fields = changedFields(changes);
+      const assignments = Object.keys(fields).map((column, index) => `${column} = $${index + 3}`);
+      const sql = `UPDATE tasks SET ${assignments.join(", ")} WHERE owner = $1 AND id = $2 RETURNING ${COLUMNS}`;
+      return (await query(sql, [owner, id, ...Object.values(fields)]))[0];
+    },
+    async delete(owner, id) {
+      const sql = `DELETE FROM tasks WHERE owner = $1 AND id = $2 RETURNING ${COLUMNS}`;
+      return (await query(sql, [owner, id])).length > 0;
+    },
+    check: async () => void await query("SELECT id FROM tasks LIMIT 1"),
+    close,
+  };
 }
 
 class NoSqlite extends Error {
@@ -610,22 +541,18 @@ async function openSqlite(url: string): Promise<Database> {
   const { DatabaseSync } = await import("node:sqlite").catch(() => {
     throw new NoSqlite();
   });
-  const path = url.startsWith("file://") ? fileURLToPath(url) : url.slice("file:".length);
-  const database = new DatabaseSync(path);
+  const database = new DatabaseSync(url.startsWith("file://") ? fileURLToPath(url) : url.slice("file:".length));
   const statements = new Map<string, ReturnType<typeof database.prepare>>();
 
   /** Tries again while another process writes. SQLite's own busy_timeout would block all users of this process. */
   async function whenFree<Result>(work: () => Result): Promise<Result> {
-    const deadline = Date.now() + 3_000;
-    for (;;) {
+    const SQLITE_BUSY = 5; // the lowest byte of the code: the others say why
+    for (const deadline = Date.now() + 3_000;; await delay(10)) {
       try {
         return work();
       } catch (error) {
-        const SQLITE_BUSY = 5; // the lowest byte of the code: the others say why
-        const isBusy = error instanceof Error && "errcode" in error &&
-          (Number(error.errcode) & 0xff) === SQLITE_BUSY;
-        if (!isBusy || Date.now() > deadline) throw error;
-        await delay(10);
+        const code = error instanceof Error && "errcode" in error ? Number(error.errcode) & 0xff : 0;
+        if (code !== SQLITE_BUSY || Date.now() > deadline) throw error;
       }
     }
   }
@@ -633,11 +560,11 @@ async function openSqlite(url: string): Promise<Database> {
   // FULL: an acknowledged write survives a power cut, too.
   await whenFree(() => database.exec("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL"));
   return {
-    query: (sql, values) =>
+    query: <Row>(sql: string, values: Value[] = []) =>
       whenFree(() => {
         const statement = statements.get(sql) ?? database.prepare(sql.replaceAll("$", "?"));
         statements.set(sql, statement);
-        return statement.all(...values);
+        return statement.all(...values) as Row[];
       }),
     run: (script) =>
       whenFree(() => {
@@ -658,7 +585,7 @@ async function openPostgres(url: string, warn: (line: string) => void): Promise<
   const { default: pg } = await import("pg").catch(() => {
     throw new Error("its driver is missing, run: npm install --save-prod pg");
   });
-  const connect = (limits: { statement_timeout?: number }) => {
+  function connect(limits: { statement_timeout?: number }) {
     const pool = new pg.Pool({
       connectionString: `${url}${url.includes("?") ? "&" : "?"}uselibpqcompat=true`,
       fallback_application_name: "tasks",
@@ -667,9 +594,8 @@ async function openPostgres(url: string, warn: (line: string) => void): Promise<
       query_timeout: 3_000, // milliseconds: a host that has vanished answers nothing at all
       ...limits,
     });
-    pool.on("error", () => {}); // an idle connection was lost: the pool opens another one when it needs it
-    return pool;
-  };
+    return pool.on("error", () => {}); // an idle connection was lost: the pool opens another one when it needs it
+  }
 
   // Ends what waits for a lock in the database, too; without it such statements pile up there.
   let pool = connect({ statement_timeout: 2_500 });
@@ -678,15 +604,13 @@ async function openPostgres(url: string, warn: (line: string) => void): Promise<
   } catch (error) {
     await pool.end();
     const PROTOCOL_VIOLATION = "08P01"; // what a pooler answers that takes no such setting from its clients
-    if (!(error instanceof Error && "code" in error && error.code === PROTOCOL_VIOLATION)) throw error;
-    warn(
-      "The pooler refuses statement_timeout: run ALTER ROLE … SET statement_timeout = '2500ms' in the database",
-    );
+    if (!(error instanceof pg.DatabaseError && error.code === PROTOCOL_VIOLATION)) throw error;
+    warn("The pooler refuses statement_timeout: run ALTER ROLE … SET statement_timeout = '2500ms' in the database");
     pool = connect({});
   }
   return {
-    // No named statements and no client of one's own: poolers mix up the first, and an error on the second ends the process.
-    query: async (sql, values) => (await pool.query(sql, values)).rows,
+    // Poolers mix up named statements, and a lost connection that is not the pool's own ends the process: neither here.
+    query: async (sql, values = []) => (await pool.query(sql, values)).rows,
     // One simple query is one transaction. The lock lets servers that start at once make the tables one by one.
     run: async (script) => void await pool.query(`SELECT pg_advisory_xact_lock(0); ${script}`),
     close: () => pool.end(),
