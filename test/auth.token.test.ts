@@ -37,10 +37,11 @@ async function assertRefused(token: string, says: RegExp) {
   const challenge = reply.headers.get("www-authenticate") ?? "";
   // RFC 6750 §3: printable ASCII without quotes and backslashes.
   const form =
-    /^Bearer error="invalid_token", error_description="([ !#-[\]-~]+)", resource_metadata="([^"]+)"$/;
-  const [, description = "", metadata] = form.exec(challenge) ?? assert.fail(challenge);
+    /^Bearer error="invalid_token", error_description="([ !#-[\]-~]+)", resource_metadata="([^"]+)", scope="([^"]+)"$/;
+  const [, description = "", metadata, scope] = form.exec(challenge) ?? assert.fail(challenge);
   assert.match(description, says);
   assert.equal(metadata, new URL("/.well-known/oauth-protected-resource/mcp", server.url).href);
+  assert.equal(scope, "openid profile email offline_access");
   for (const part of token.split(".").filter((part) => part.length > 8)) {
     assert.ok(!(challenge + body).includes(part));
   }

@@ -6,6 +6,7 @@ import { isBuiltin } from "node:module";
 import { createServer as createNetServer } from "node:net";
 import type { AddressInfo } from "node:net";
 import { createInterface } from "node:readline";
+import type { TestContext } from "node:test";
 import { createServer, readSettings } from "../../server.ts";
 import { openTaskStore } from "../../tools.ts";
 import type { TaskStore } from "../../tools.ts";
@@ -70,6 +71,13 @@ export async function startServer(
   };
 }
 
+/** The lines that servers in this process write to their log from now on, until the test ends. */
+export function logOf(t: TestContext): string[] {
+  const lines: string[] = [];
+  t.mock.method(process.stderr, "write", (line: string) => lines.push(line));
+  return lines;
+}
+
 export interface ServerProcess {
   pid: number;
   kill(signal: NodeJS.Signals): void;
@@ -115,15 +123,25 @@ export function spawnServer(
   return { pid, kill, lines, ready: Promise.race([listening, exited]), exited };
 }
 
-/** Sends a message as a client of MCP does. */
-export function post(url: string, token: string, method: string, params: unknown = {}): Promise<Response> {
+/** What a client of MCP sends with every message. */
+export const clientHeaders = (token: string) => ({
+  authorization: `Bearer ${token}`,
+  accept: "application/json, text/event-stream",
+  "content-type": "application/json",
+});
+
+/** Sends a message as a client of MCP does, with further headers or other ones. */
+export function post(
+  url: string,
+  token: string,
+  method: string,
+  params: unknown = {},
+  { headers, signal }: { headers?: Record<string, string>; signal?: AbortSignal } = {},
+): Promise<Response> {
   return fetch(url, {
     method: "POST",
-    headers: {
-      authorization: `Bearer ${token}`,
-      accept: "application/json, text/event-stream",
-      "content-type": "application/json",
-    },
+    headers: { ...clientHeaders(token), ...headers },
     body: JSON.stringify({ jsonrpc: "2.0", id: 1, method, params }),
+    ...(signal && { signal }),
   });
 }
