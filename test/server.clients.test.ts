@@ -2,13 +2,12 @@
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import type { ServerResponse } from "node:http";
-import { connect } from "node:net";
 import type { Socket } from "node:net";
 import { after, afterEach, before, beforeEach, test } from "node:test";
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { createServer } from "../server.ts";
-import { clientHeaders, logOf, post, startServer } from "./support/server.ts";
+import { clientHeaders, logOf, open, post, startServer, until } from "./support/server.ts";
 import type { RunningServer } from "./support/server.ts";
 import { startTenant } from "./support/tenant.ts";
 import type { Tenant } from "./support/tenant.ts";
@@ -44,8 +43,7 @@ async function assertServing() {
   await reply.text();
 }
 
-const message = (method: string, params = {}, id = 1) =>
-  JSON.stringify({ jsonrpc: "2.0", id, method, params });
+const message = (method: string, params = {}, id = 1) => JSON.stringify({ jsonrpc: "2.0", id, method, params });
 
 /** A request as it goes over the wire. */
 function wire(body: string, extra: string[] = [`content-length: ${Buffer.byteLength(body)}`]): string {
@@ -56,13 +54,6 @@ function wire(body: string, extra: string[] = [`content-length: ${Buffer.byteLen
 /** The last request of its connection. */
 const last = (body: string, extra: string[] = []) =>
   wire(body, [...extra, `content-length: ${body.length}`, "connection: close"]);
-
-async function open(to = port): Promise<Socket> {
-  const socket = connect(to, "127.0.0.1");
-  socket.on("error", () => {}); // being cut off is what these tests are about
-  await once(socket, "connect");
-  return socket;
-}
 
 /** All that comes back until the server ends the connection. */
 async function readAll(socket: Socket): Promise<string> {
@@ -76,15 +67,6 @@ const openConnections = ({ http }: RunningServer) =>
   new Promise<number>((resolve, reject) =>
     http.getConnections((error, count) => error ? reject(error) : resolve(count))
   );
-
-/** Waits for what the server does on its own, and fails if it never does. */
-async function until(isSo: () => boolean | Promise<boolean>, what: string) {
-  const giveUp = Date.now() + 10_000;
-  while (!await isSo()) {
-    assert.ok(Date.now() < giveUp, `Waited in vain: ${what}`);
-    await new Promise((resolve) => setImmediate(resolve));
-  }
-}
 
 const nothingOpen = (of = server) => until(async () => await openConnections(of) === 0, "nothing is open");
 
@@ -115,9 +97,9 @@ test("every wait for a client is bounded", () => {
 
 test("clients that never end their headers or their body are cut off", async () => {
   Object.assign(server.http, { headersTimeout: 100, requestTimeout: 200 }); // shorter, or the test would take long
-  const slowHeaders = await open();
+  const slowHeaders = await open(port);
   slowHeaders.write("POST /mcp HTTP/1.1\r\nhost: localhost\r\nx-slow: ");
-  const slowBody = await open();
+  const slowBody = await open(port);
   slowBody.write(wire("{", ["content-length: 1000"]));
   const answers = [readAll(slowHeaders), readAll(slowBody)];
   await assertServing();
@@ -125,7 +107,7 @@ test("clients that never end their headers or their body are cut off", async () 
 });
 
 test("a client that closes its half of the connection leaves nothing open", async () => {
-  const socket = await open();
+  const socket = await open(port);
   socket.end(wire("{", ["content-length: 1000"]));
   await nothingOpen();
   await assertServing();
@@ -133,7 +115,7 @@ test("a client that closes its half of the connection leaves nothing open", asyn
 
 test("a client that goes in the middle of its body leaves nothing open", async () => {
   for (const leave of ["destroy", "resetAndDestroy"] as const) {
-    const socket = await open();
+    const socket = await open(port);
     socket.write(wire("{", ["content-length: 1000"]));
     await until(async () => await openConnections(server) === 1, "the client is there");
     socket[leave]();
@@ -170,7 +152,7 @@ test("a tool whose client goes learns it through the SDK's signal, and harms nob
   t.mock.method(server.store, "list", list);
   const { mock } = t.mock.method(AbortController.prototype, "abort");
   const isSdk = ({ stack }: { stack: Error }) => stack.stack?.includes("@modelcontextprotocol/sdk");
-  const socket = await open();
+  const socket = await open(port);
   socket.write(wire(listTasks));
   await asked;
   socket.resetAndDestroy();
@@ -191,7 +173,7 @@ test("a slow tool call keeps nobody else waiting", async (t) => {
 });
 
 test("pipelined requests are answered each, and in their order", async () => {
-  const socket = await open();
+  const socket = await open(port);
   const requests = [1, 2, 3].map((id) => wire(message("ping", {}, id)));
   socket.write(requests.join("") + last(listTasks));
   const answer = await readAll(socket);
@@ -207,7 +189,7 @@ test("conflicting headers are refused", async () => {
       "content-length: -1",
     ]]
   ) {
-    const socket = await open();
+    const socket = await open(port);
     socket.write(wire(body, extra));
     assert.match(await readAll(socket), /^HTTP\/1.1 400 /, extra.join());
   }
@@ -215,7 +197,7 @@ test("conflicting headers are refused", async () => {
 });
 
 test("headers over 16 KiB are refused", async () => {
-  const socket = await open();
+  const socket = await open(port);
   socket.write(wire("", [`x-padding: ${"x".repeat(17_000)}`, "content-length: 0"]));
   assert.match(await readAll(socket), /^HTTP\/1.1 431 /);
   await assertServing();
@@ -226,7 +208,7 @@ test("thousands of connections, opened and dropped, leave no memory behind", asy
   const collect: () => void = runInNewContext("gc");
   const wave = async () => {
     await Promise.all(Array.from({ length: 250 }, async (_, n) => {
-      const socket = await open();
+      const socket = await open(port);
       socket.write(wire(message("ping")));
       await once(socket, "data");
       n % 2 === 0 ? socket.destroy() : socket.resetAndDestroy();

@@ -50,9 +50,7 @@ function call({ method = "POST", body = PING, headers = {}, url = server.url }: 
   return fetch(url, {
     method,
     headers: given,
-    ...(method === "POST"
-      ? { body: content, ...(content instanceof ReadableStream && { duplex: "half" }) }
-      : {}),
+    ...(method === "POST" ? { body: content, ...(content instanceof ReadableStream && { duplex: "half" }) } : {}),
   });
 }
 

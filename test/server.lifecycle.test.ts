@@ -1,18 +1,24 @@
-/** Start and stop: settings, `.env`, the log, signals. */
+/** Start and stop: settings, `.env`, the log, signals, mistakes that nobody caught. */
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import { mkdtemp, rm, writeFile } from "node:fs/promises";
+import type { ServerResponse } from "node:http";
 import { createServer as createNetServer } from "node:net";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { text } from "node:stream/consumers";
 import { after, before, test } from "node:test";
-import { readSettings } from "../server.ts";
-import { freePort, post, spawnServer } from "./support/server.ts";
+import type { TestContext } from "node:test";
+import { fileURLToPath, pathToFileURL } from "node:url";
+import { readEnvironment, readSettings, stop } from "../server.ts";
+import { freePort, logOf, open, post, spawnServer, startServer, until } from "./support/server.ts";
 import { startTenant } from "./support/tenant.ts";
 import type { Tenant } from "./support/tenant.ts";
 
-const REQUIRED = { AUTH0_DOMAIN: "your-tenant.us.auth0.com", MCP_SERVER_URL: "https://your-domain.com/mcp" };
+const REQUIRED = { AUTH0_DOMAIN: "tenant.example.auth0.com", MCP_SERVER_URL: "https://mcp.example.com/mcp" };
+
+const PING = JSON.stringify({ jsonrpc: "2.0", id: 1, method: "ping" });
 
 let tenant: Tenant;
 let directory: string;
@@ -29,28 +35,58 @@ after(async () => {
 
 test("two settings are enough, and the rest has defaults", () => {
   assert.deepEqual(readSettings(REQUIRED), {
-    issuer: "https://your-tenant.us.auth0.com/",
-    serverUrl: "https://your-domain.com/mcp",
+    issuer: "https://tenant.example.auth0.com/",
+    serverUrl: "https://mcp.example.com/mcp",
     port: 3000,
     host: "127.0.0.1",
     databaseUrl: undefined,
     enforceScopes: false,
     allowedOrigins: [],
+    openaiAppsChallenge: undefined,
     logLevel: "info",
   });
 });
 
-test("a setting that is empty counts as not set", () => {
-  const empty = {
-    PORT: "",
-    HOST: "",
-    DATABASE_URL: "",
-    ENFORCE_SCOPES: "",
-    ALLOWED_ORIGINS: "",
-    LOG_LEVEL: "",
+test("every setting can be set", () => {
+  const env = {
+    ...REQUIRED,
+    PORT: "8080",
+    HOST: "0.0.0.0",
+    DATABASE_URL: "postgres://user:password@db.example/tasks?sslmode=require",
+    ENFORCE_SCOPES: "true",
+    ALLOWED_ORIGINS: "https://example.com, chrome-extension://abcdefghijklmnop,evil://localhost,",
+    OPENAI_APPS_CHALLENGE: "f00d",
+    LOG_LEVEL: "debug",
   };
+  const { issuer: _, serverUrl: __, ...settings } = readSettings(env);
+  assert.deepEqual(settings, {
+    port: 8080,
+    host: "0.0.0.0",
+    databaseUrl: env.DATABASE_URL,
+    enforceScopes: true,
+    allowedOrigins: ["https://example.com", "chrome-extension://abcdefghijklmnop", "evil://localhost"],
+    openaiAppsChallenge: "f00d",
+    logLevel: "debug",
+  });
+});
+
+test("a setting that is empty counts as not set", () => {
+  const names = "PORT HOST DATABASE_URL ENFORCE_SCOPES ALLOWED_ORIGINS OPENAI_APPS_CHALLENGE LOG_LEVEL".split(" ");
+  const empty = Object.fromEntries(names.map((name) => [name, ""]));
   assert.deepEqual(readSettings({ ...REQUIRED, ...empty }), readSettings(REQUIRED));
-  assert.throws(() => readSettings({ ...REQUIRED, AUTH0_DOMAIN: "" }), /AUTH0_DOMAIN is missing/);
+  assert.throws(() => readSettings({ ...REQUIRED, AUTH0_DOMAIN: "" }), /^Error: AUTH0_DOMAIN is missing: it must be /);
+});
+
+test("the README's placeholders count as missing", () => {
+  const placeholders = {
+    AUTH0_DOMAIN: ["your-tenant.us.auth0.com", "your-tenant.eu.auth0.com"],
+    MCP_SERVER_URL: ["https://your-domain.com/mcp", "https://your-domain.com/other"],
+  };
+  for (const [name, values] of Object.entries(placeholders)) {
+    for (const value of values) {
+      assert.throws(() => readSettings({ ...REQUIRED, [name]: value }), new RegExp(`^Error: ${name} is missing`));
+    }
+  }
 });
 
 test("a stand-in tenant is named by its origin, on loopback only", () => {
@@ -59,57 +95,155 @@ test("a stand-in tenant is named by its origin, on loopback only", () => {
   }
 });
 
-test("a malformed setting is named, with what it must look like", () => {
-  const malformed: Record<string, string[]> = {
-    AUTH0_DOMAIN: [
-      "https://your-tenant.us.auth0.com",
-      "http://your-tenant.us.auth0.com",
-      "your-tenant.us.auth0.com/",
-      "Your-Tenant.us.auth0.com",
-      "your tenant",
-      "tenant",
-      "http://localhost:4000/",
-      "http://localhost:4000/path",
-      "http://localhost.evil.example",
-    ],
-    MCP_SERVER_URL: [
-      "your-domain.com/mcp",
-      "http://your-domain.com/mcp",
-      "https://your-domain.com",
-      "https://your-domain.com/",
-      "https://your-domain.com/mcp/",
-      "https://your-domain.com/mcp?x=1",
-      "https://your-domain.com/mcp#top",
-      "https://user:password@your-domain.com/mcp",
-      "https://Your-Domain.com/mcp",
-      "https://your-domain.com:443/mcp",
-      "https://your-domain.com/a/../mcp",
-      "ftp://your-domain.com/mcp",
-    ],
-    PORT: ["http", "-1", "65536", "3000.5", "1e3", " 3000"],
-    DATABASE_URL: ["tasks.db", "mysql://localhost/tasks", "file:", "memory"],
-    ENFORCE_SCOPES: ["yes", "TRUE", "1"],
-    ALLOWED_ORIGINS: ["example.com", "https://example.com/", "https://example.com, *"],
-    LOG_LEVEL: ["verbose"],
-  };
-  for (const [name, values] of Object.entries(malformed)) {
-    for (const value of values) {
-      assert.throws(
-        () => readSettings({ ...REQUIRED, [name]: value }),
-        ({ message }: Error) => message.startsWith(`${name} is `) && message.includes(": it must be "),
-        `${name}=${value}`,
-      );
-    }
+test("a malformed setting is named, with the rule that it breaks and what it must look like", () => {
+  const malformed: [name: string, value: string, rule: RegExp][] = [
+    ["AUTH0_DOMAIN", "https://tenant.example.auth0.com", /scheme/],
+    ["AUTH0_DOMAIN", "http://localhost.evil.example", /scheme/],
+    ["AUTH0_DOMAIN", "tenant.example.auth0.com/", /slash/],
+    ["AUTH0_DOMAIN", "http://localhost:4000/", /slash/],
+    ["AUTH0_DOMAIN", "http://localhost:4000/path", /slash/],
+    ["AUTH0_DOMAIN", "Tenant.example.auth0.com", /capital/],
+    ["AUTH0_DOMAIN", "my tenant", /no domain/],
+    ["AUTH0_DOMAIN", "tenant", /no domain/],
+    ["AUTH0_DOMAIN", "tenant.example.auth0.com:443", /no domain/],
+    ["AUTH0_DOMAIN", "tenant.example.auth0.com?x", /no domain/],
+    ["AUTH0_DOMAIN", "http://localhost:4000?x", /./],
+    ["AUTH0_DOMAIN", "ftp://localhost", /./],
+    ["AUTH0_DOMAIN", "http://user@localhost:4000", /./],
+    ["MCP_SERVER_URL", "mcp.example.com/mcp", /no URL/],
+    ["MCP_SERVER_URL", "http://mcp.example.com/mcp", /not https/],
+    ["MCP_SERVER_URL", "ftp://localhost/mcp", /not https/],
+    ["MCP_SERVER_URL", "https://mcp.example.com", /no path/],
+    ["MCP_SERVER_URL", "https://mcp.example.com/", /no path/],
+    ["MCP_SERVER_URL", "https://mcp.example.com/mcp/", /slash/],
+    ["MCP_SERVER_URL", "https://mcp.example.com/mcp?x=1", /query/],
+    ["MCP_SERVER_URL", "https://mcp.example.com/mcp?", /query/],
+    ["MCP_SERVER_URL", "https://mcp.example.com/mcp#top", /fragment/],
+    ["MCP_SERVER_URL", "https://user:password@mcp.example.com/mcp", /user/],
+    ["MCP_SERVER_URL", "https://Mcp.example.com/mcp", /normal form/],
+    ["MCP_SERVER_URL", "https://mcp.example.com:443/mcp", /normal form/],
+    ["MCP_SERVER_URL", "https://mcp.example.com/a/../mcp", /normal form/],
+    ["PORT", "http", /no number/],
+    ["PORT", "-1", /no number/],
+    ["PORT", "3000.5", /no number/],
+    ["PORT", "1e3", /no number/],
+    ["PORT", " 3000", /no number/],
+    ["PORT", "65536", /too large/],
+    ["ENFORCE_SCOPES", "yes", /./],
+    ["ENFORCE_SCOPES", "TRUE", /./],
+    ["ENFORCE_SCOPES", "1", /./],
+    ["ALLOWED_ORIGINS", "example.com", /./],
+    ["ALLOWED_ORIGINS", "https://example.com/", /./],
+    ["ALLOWED_ORIGINS", "https://example.com, *", /./],
+    ["LOG_LEVEL", "verbose", /./],
+  ];
+  for (const [name, value, rule] of malformed) {
+    const read = () => readSettings({ ...REQUIRED, [name]: value });
+    assert.throws(read, ({ message }: Error) => {
+      assert.equal(message.split("\n").length, 1, message);
+      const [found = "", expected] = message.split(": it must be ");
+      const [start, broken = ""] = found.split(", which ");
+      assert.equal(start, `${name} is '${value}'`);
+      assert.match(broken, rule, message);
+      assert.ok(expected, message);
+      return true;
+    }, `${name}=${value}`);
   }
 });
 
-test("a database's password is not repeated", () => {
-  const env = { ...REQUIRED, DATABASE_URL: "mysql://user:hunter2@localhost/tasks" };
-  assert.throws(() => readSettings(env), ({ message }: Error) => !message.includes("hunter2"));
+test("a malformed DATABASE_URL is not repeated, since it may hold a password", () => {
+  for (const url of ["mysql://user:hunter2@localhost/tasks", "hunter2.db", "file:", "memory"]) {
+    assert.throws(() => readSettings({ ...REQUIRED, DATABASE_URL: url }), ({ message }: Error) => {
+      assert.match(message, /^DATABASE_URL is .*: it must be .*postgres:/);
+      assert.ok(!message.includes("hunter2") && !message.includes("mysql"));
+      return true;
+    });
+  }
 });
 
-test("the start stops with one line a value that is missing or malformed", async () => {
-  const { lines, exited } = spawnServer({ PORT: "high", LOG_LEVEL: "silent" });
+/** What the server would read with this `.env` and, beside the test's own environment, this one. */
+async function environmentOf(t: TestContext, file: string, real: Record<string, string> = {}) {
+  await writeFile(join(directory, ".env"), file);
+  const [before, cwd] = [{ ...process.env }, process.cwd()];
+  t.after(() => {
+    process.chdir(cwd);
+    for (const name of Object.keys(real)) delete process.env[name];
+    Object.assign(process.env, before);
+  });
+  process.chdir(directory);
+  Object.assign(process.env, real);
+  return readEnvironment();
+}
+
+test("a .env with a byte order mark, CRLF and quotes is read", async (t) => {
+  const lines = [
+    "\uFEFFAUTH0_DOMAIN=tenant.example.auth0.com",
+    'LOG_LEVEL="debug"',
+    "",
+    "# HOST=1.2.3.4",
+    "PORT='81' # web",
+  ];
+  const { env, differences } = await environmentOf(t, lines.join("\r\n"));
+  const { AUTH0_DOMAIN, LOG_LEVEL, PORT, HOST } = env;
+  assert.deepEqual(
+    { AUTH0_DOMAIN, LOG_LEVEL, PORT, HOST },
+    { AUTH0_DOMAIN: "tenant.example.auth0.com", LOG_LEVEL: "debug", PORT: "81", HOST: process.env.HOST },
+  );
+  assert.deepEqual(differences, []);
+});
+
+test("without a .env there is the environment alone", async (t) => {
+  await environmentOf(t, "");
+  await rm(join(directory, ".env"));
+  assert.deepEqual(readEnvironment().differences, []);
+  assert.equal(readEnvironment().env.PATH, process.env.PATH);
+});
+
+test("the real environment wins over .env, but not where it is empty", async (t) => {
+  const { env, differences } = await environmentOf(t, "ENFORCE_SCOPES=true\nPORT=81\nLOG_LEVEL=debug\nHOST=", {
+    ENFORCE_SCOPES: "",
+    PORT: "82",
+    LOG_LEVEL: "debug",
+    HOST: "0.0.0.0",
+  });
+  assert.deepEqual([env.ENFORCE_SCOPES, env.PORT, env.LOG_LEVEL, env.HOST], ["true", "82", "debug", "0.0.0.0"]);
+  assert.equal(readSettings({ ...REQUIRED, ...env }).enforceScopes, true);
+  assert.equal(differences.length, 1);
+  assert.match(differences.join(), /^PORT\b.*environment.*'82'.* '81'.*\.env/);
+});
+
+test("where .env and the environment differ a line names both values, but of secrets the name alone", async (t) => {
+  const names = ["DATABASE_URL", "OPENAI_APPS_CHALLENGE", "AUTH0_MANAGEMENT_TOKEN", "SOME_CLIENT_SECRET"];
+  const { differences } = await environmentOf(
+    t,
+    names.map((name) => `${name}=in-file`).join("\n"),
+    Object.fromEntries(names.map((name) => [name, "in-environment"])),
+  );
+  assert.deepEqual(differences.map((line) => /^\w+/.exec(line)?.[0]).toSorted(), names.toSorted());
+  for (const line of differences) assert.doesNotMatch(line, /in-file|in-environment/);
+});
+
+test("the start says which value counts where .env and the environment differ", async (t) => {
+  const [inFile, real] = [await freePort(), await freePort()];
+  const url = `http://localhost:${inFile}/from-file`;
+  const file = { AUTH0_DOMAIN: tenant.origin, PORT: inFile, DATABASE_URL: "memory:", MCP_SERVER_URL: url };
+  await writeFile(join(directory, ".env"), Object.entries(file).map((pair) => pair.join("=")).join("\n"));
+  const { kill, lines, ready, exited } = spawnServer({ PORT: String(real) }, directory);
+  t.after(() => kill("SIGKILL"));
+  await ready;
+  const reply = await fetch(`http://127.0.0.1:${real}/.well-known/oauth-protected-resource`);
+  assert.equal((await reply.json()).resource, url);
+  assert.match(lines[0] ?? "", new RegExp(`PORT.*'${real}'.*'${inFile}'.*\\.env`));
+  kill("SIGTERM");
+  assert.equal(await exited, 0);
+});
+
+test("the start stops with one line a value that is missing or malformed, at every LOG_LEVEL", async () => {
+  const { lines, exited } = spawnServer({
+    PORT: "high",
+    MCP_SERVER_URL: "https://your-domain.com/mcp",
+    LOG_LEVEL: "silent",
+  });
   assert.equal(await exited, 1);
   assert.equal(lines.length, 3, lines.join("\n"));
   assert.deepEqual(lines.map((line) => line.split(" ")[0]), ["AUTH0_DOMAIN", "MCP_SERVER_URL", "PORT"]);
@@ -120,82 +254,127 @@ test("a port in use is one clear line", async (t) => {
   t.after(() => other.close());
   await once(other, "listening");
   const { port } = other.address() as AddressInfo;
-  const env = { ...REQUIRED, PORT: String(port), DATABASE_URL: "memory:" };
-  const { lines, exited } = spawnServer(env);
+  const { lines, exited } = spawnServer({
+    ...REQUIRED,
+    PORT: String(port),
+    DATABASE_URL: "memory:",
+    LOG_LEVEL: "silent",
+  });
   assert.equal(await exited, 1);
   assert.deepEqual(lines, [`Cannot listen on 127.0.0.1:${port}: the port is in use. Set PORT to another`]);
 });
 
-test("a .env is read, and the real environment wins", async (t) => {
-  const [inFile, real] = [await freePort(), await freePort()];
-  const file = {
-    ...REQUIRED,
-    PORT: inFile,
-    DATABASE_URL: "memory:",
-    MCP_SERVER_URL: `http://localhost:${inFile}/from-file`,
-  };
-  await writeFile(join(directory, ".env"), Object.entries(file).map((pair) => pair.join("=")).join("\n"));
-  const { kill, ready, exited } = spawnServer({ PORT: String(real) }, directory);
-  t.after(() => kill("SIGKILL"));
-  await ready;
-  const reply = await fetch(`http://127.0.0.1:${real}/.well-known/oauth-protected-resource`);
-  assert.equal((await reply.json()).resource, `http://localhost:${inFile}/from-file`);
-  kill("SIGTERM");
-  assert.equal(await exited, 0);
-});
-
-/** A server that writes what `level` lets through, after one good and one refused call; and what it wrote. */
-async function logOf(level: string): Promise<{ log: string; token: string }> {
-  const port = await freePort();
-  const url = `http://localhost:${port}/mcp`;
-  const env = {
-    AUTH0_DOMAIN: tenant.origin,
-    MCP_SERVER_URL: url,
-    PORT: String(port),
-    DATABASE_URL: "memory:",
-    LOG_LEVEL: level,
-  };
-  const { kill, lines, ready, exited } = spawnServer(env);
-  if (level !== "silent") await ready;
-  // A silent server cannot say when it listens: it is asked until it answers.
-  while (!await fetch(`http://localhost:${port}/healthz`).then(({ ok }) => ok, () => false));
+/** What a server writes to its log at this level during one good and one refused call. */
+async function logOfTwoCalls(t: TestContext, level: string): Promise<{ log: string; token: string }> {
+  const lines = logOf(t);
+  const { url, close } = await startServer({ AUTH0_DOMAIN: tenant.origin, LOG_LEVEL: level });
+  t.after(close);
   const token = await tenant.sign({ aud: url, azp: "chatgpt" });
   for (const sent of [token, `${token}x`]) {
-    await post(`${url}?secret=in-query`, sent, "tools/call", { name: "list_tasks\n\u001b[31m" });
+    const reply = await post(`${url}?secret=in-query`, sent, "tools/call", { name: "no_such_tool\n\u001b[31m" });
+    await reply.text();
   }
-  kill("SIGTERM");
-  assert.equal(await exited, 0);
-  return { log: lines.join("\n"), token };
+  return { log: lines.join(""), token };
 }
 
-test("the log at info has start, stop and refusals with their reason", async () => {
-  const { log } = await logOf("info");
-  assert.match(log, /Listening on .*\n.*POST \/mcp 401 \d+ ms Token's signature.*\n.*Stopping on SIGTERM$/);
+test("the log at info has refusals with their reason", async (t) => {
+  const { log } = await logOfTwoCalls(t, "info");
+  assert.match(log, /^\S+Z POST \/mcp 401 \d+ ms Token's signature.*\n$/);
 });
 
-test("the log at debug has every request, with the claims that decide", async () => {
-  const { log } = await logOf("debug");
+test("the log at debug has every request with the claims that decide, and no token, query or control character", async (t) => {
+  const { log, token } = await logOfTwoCalls(t, "debug");
+  const [first = "", second = ""] = log.split("\n");
   assert.match(
-    log,
-    /POST \/mcp tools\/call list_tasks\?\?\[31m 200 \d+ ms auth0\|alice \{"iss":"http.*"azp":"chatgpt"/,
+    first,
+    / POST \/mcp tools\/call no_such_tool\?\?\[31m 200 \d+ ms auth0\|alice \{"iss":"http.*"azp":"chatgpt"/,
   );
+  assert.match(second, / POST \/mcp 401 /);
+  for (const part of [...token.split("."), "in-query", "\u001b"]) assert.ok(!log.includes(part), part);
 });
 
-test("the log at silent is silent", async () => {
-  assert.equal((await logOf("silent")).log, "");
+test("the log at silent is silent", async (t) => {
+  assert.equal((await logOfTwoCalls(t, "silent")).log, "");
 });
 
-test("the log never holds a token, a query or what a client smuggles in", async () => {
-  const { log, token } = await logOf("debug");
-  for (const part of token.split(".")) assert.ok(!log.includes(part));
-  assert.ok(!log.includes("in-query") && !log.includes("\u001b"));
-});
+const keySet = async () => (await fetch(`${tenant.issuer}.well-known/jwks.json`)).text();
 
-test("SIGINT and SIGTERM end the server with status 0", async () => {
-  for (const signal of ["SIGINT", "SIGTERM"] as const) {
-    const { kill, ready, exited } = spawnServer({ ...REQUIRED, PORT: "0", DATABASE_URL: "memory:" });
+for (const signal of ["SIGTERM", "SIGINT"] as const) {
+  test(`${signal} refuses new connections, lets the request in flight finish and ends with status 0`, async (t) => {
+    const port = await freePort();
+    const url = `http://localhost:${port}/mcp`;
+    const env = { AUTH0_DOMAIN: tenant.origin, MCP_SERVER_URL: url, PORT: String(port), DATABASE_URL: "memory:" };
+    const { kill, lines, ready, exited } = spawnServer(env);
+    t.after(() => kill("SIGKILL"));
     await ready;
+    assert.match(lines.join(), /Listening on 127\.0\.0\.1:\d+ for http/);
+
+    const asked = new Promise<ServerResponse>((resolve) => tenant.answerJwks = resolve);
+    t.after(() => tenant.answerJwks = undefined);
+    const inFlight = await open(port);
+    const token = await tenant.sign({ aud: url });
+    inFlight.write(`POST /mcp HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n`);
+    inFlight.write(`authorization: Bearer ${token}\r\ncontent-length: ${PING.length}\r\n\r\n${PING.slice(0, 9)}`);
+    const keys = await asked; // so the server is at work on it
     kill(signal);
+    await until(() => lines.some((line) => line.endsWith(`Stopping on ${signal}`)), "it says that it stops");
+    await assert.rejects(fetch(url));
+    tenant.answerJwks = undefined;
+    keys.end(await keySet());
+    inFlight.write(PING.slice(9));
+    assert.match(await text(inFlight), /^HTTP\/1.1 200 /);
     assert.equal(await exited, 0);
-  }
+  });
+}
+
+test("a client that never ends its request holds up the stop for seconds only", async (t) => {
+  const server = await startServer({ AUTH0_DOMAIN: tenant.origin });
+  t.after(server.close);
+  const socket = await open(Number(new URL(server.url).port));
+  t.after(() => socket.destroy());
+  socket.write("POST /mcp HTTP/1.1\r\nhost: localhost\r\n");
+  assert.equal((await fetch(new URL("/health", server.url))).status, 200); // by now the server knows both
+  t.mock.timers.enable({ apis: ["setTimeout", "setInterval"] });
+  const stopped = stop(server.http);
+  t.mock.timers.tick(9_000);
+  await stopped;
+});
+
+test("while it stops the health check says 503", async (t) => {
+  const server = await startServer({ AUTH0_DOMAIN: tenant.origin });
+  t.after(server.close);
+  const socket = await open(Number(new URL(server.url).port));
+  socket.write("GET /health HTTP/1.1\r\n");
+  assert.equal((await fetch(new URL("/health", server.url))).status, 200);
+  const stopped = stop(server.http);
+  socket.write("host: localhost\r\n\r\n");
+  assert.match(await text(socket), /^HTTP\/1.1 503 /);
+  await stopped;
+});
+
+test("a promise that nobody awaited is a line in the log, an exception that nobody caught is the end", async (t) => {
+  const server = pathToFileURL(join(import.meta.dirname, "../server.ts"));
+  const script = join(directory, "faulty.mts");
+  // The real server, with two mistakes that happen when they are told to.
+  await writeFile(
+    script,
+    `process.on("SIGHUP", () => void Promise.reject(new Error("Nobody awaited this")));
+     process.on("SIGUSR2", () => { throw new Error("Nobody caught this"); });
+     process.argv[1] = ${JSON.stringify(fileURLToPath(server))};
+     await import(${JSON.stringify(server)});`,
+  );
+  const port = await freePort();
+  const env = { ...REQUIRED, PORT: String(port), DATABASE_URL: "memory:" };
+  const { kill, lines, ready, exited } = spawnServer(env, directory, script);
+  t.after(() => kill("SIGKILL"));
+  await ready;
+  assert.match(lines.join("\n"), /Listening on/);
+
+  kill("SIGHUP");
+  await until(() => lines.some((line) => line.endsWith("Nobody awaited this")), "the line");
+  assert.equal((await fetch(`http://localhost:${port}/health`)).status, 200);
+
+  kill("SIGUSR2");
+  assert.equal(await exited, 1);
+  assert.match(lines.join("\n"), /Error: Nobody caught this\n +at .*faulty\.mts/);
 });

@@ -3,8 +3,8 @@ import { spawn } from "node:child_process";
 import { once } from "node:events";
 import type { Server } from "node:http";
 import { isBuiltin } from "node:module";
-import { createServer as createNetServer } from "node:net";
-import type { AddressInfo } from "node:net";
+import { connect, createServer as createNetServer } from "node:net";
+import type { AddressInfo, Socket } from "node:net";
 import { createInterface } from "node:readline";
 import type { TestContext } from "node:test";
 import { createServer, readSettings } from "../../server.ts";
@@ -121,6 +121,23 @@ export function spawnServer(
     if (child.exitCode === null && child.signalCode === null) process.kill(pid, signal);
   };
   return { pid, kill, lines, ready: Promise.race([listening, exited]), exited };
+}
+
+/** A connection of one's own, for what no client library sends. Being cut off is no error of it. */
+export async function open(port: number): Promise<Socket> {
+  const socket = connect(port, "127.0.0.1");
+  socket.on("error", () => {});
+  await once(socket, "connect");
+  return socket;
+}
+
+/** Waits for what a server does on its own, and fails if it never does. */
+export async function until(isSo: () => boolean | Promise<boolean>, what: string) {
+  const giveUp = Date.now() + 10_000;
+  while (!await isSo()) {
+    if (Date.now() > giveUp) throw new Error(`Waited in vain: ${what}`);
+    await new Promise((resolve) => setImmediate(resolve));
+  }
 }
 
 /** What a client of MCP sends with every message. */
