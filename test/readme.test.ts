@@ -17,7 +17,7 @@ import { openTaskStore, requestedScopes, RESOURCE_NAME } from "../tools.ts";
 import type { TaskStore } from "../tools.ts";
 import { dev } from "./run/dev.ts";
 import { freePort, post, RUNTIME_FLAGS, startServer } from "./support/server.ts";
-import { runSetup, startManagedTenant } from "./support/setup.ts";
+import { reset, runSetup } from "./support/setup.ts";
 import { isStrict, settingsFor } from "./support/tenant-settings.ts";
 import type { ClientKind, SettingName } from "./support/tenant-settings.ts";
 import { ALICE, configuredTenant, startTenant } from "./support/tenant.ts";
@@ -127,7 +127,9 @@ test("the demo's output stands in the README as the demo prints it", async () =>
 });
 
 test("setup's output stands in the README as setup prints it", async (t) => {
-  const tenant = await startManagedTenant(t, { kind: "strict" });
+  const tenant = await startTenant();
+  t.after(() => tenant.close());
+  reset(tenant, { kind: "strict" });
   const { output } = await runSetup(tenant, { way: "register" }, { serverUrl: "https://tasks.example.com/mcp" });
   assert.equal(block("text", "to do"), `${output}\n`);
 });

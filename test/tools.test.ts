@@ -50,12 +50,9 @@ async function connect(t: TestContext, claims: Record<string, unknown> = {}, { u
     assert.ok(text.text.length > 0 && text.text.length < 300);
     return structuredContent as Content;
   }
-  const create = async (input: Record<string, unknown>) =>
-    (await get<{ task: Task }>("create_task", input)).task;
-  const update = async (input: Record<string, unknown>) =>
-    (await get<{ task: Task }>("update_task", input)).task;
-  const list = (input?: Record<string, unknown>) =>
-    get<{ tasks: Task[]; next_cursor?: string }>("list_tasks", input);
+  const create = async (input: Record<string, unknown>) => (await get<{ task: Task }>("create_task", input)).task;
+  const update = async (input: Record<string, unknown>) => (await get<{ task: Task }>("update_task", input)).task;
+  const list = (input?: Record<string, unknown>) => get<{ tasks: Task[]; next_cursor?: string }>("list_tasks", input);
   /** The text of a call that fails. */
   async function fail(name: string, input?: Record<string, unknown>): Promise<string> {
     const { isError, content: [text], structuredContent } = await call(name, input);

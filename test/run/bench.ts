@@ -65,9 +65,7 @@ const tokens = await signTokens();
 const expired = await signTokens({ exp: 1_000_000_000 });
 const requests: Record<Scenario, Buffer[]> = {
   // The query tells the bare server which reply is wanted. The others do not read it.
-  "tools/call": tokens.map((token) =>
-    toRequest(token, "tools/call", { name: "list_tasks" }, "/mcp?tools/call")
-  ),
+  "tools/call": tokens.map((token) => toRequest(token, "tools/call", { name: "list_tasks" }, "/mcp?tools/call")),
   "tools/list": tokens.map((token) => toRequest(token, "tools/list", {}, "/mcp?tools/list")),
   "refused token": expired.map((token) => toRequest(token, "tools/list", {}, "/mcp?refused")),
 };
@@ -194,9 +192,7 @@ function titlesOf(user: number): string[] {
 
 /** The bare server replies with the very JSON of another one, of its first user. */
 async function enterBare({ exchanges }: Contestant): Promise<Contestant> {
-  const [called, listed, refused] = SCENARIOS.map((scenario) =>
-    String(exchanges[scenario][0]?.expected.body)
-  );
+  const [called, listed, refused] = SCENARIOS.map((scenario) => String(exchanges[scenario][0]?.expected.body));
   const env = {
     REPLIES: `{"/mcp?tools/call":${called},"/mcp?tools/list":${listed},"/mcp?refused":${refused}}`,
   };

@@ -261,9 +261,7 @@ function report() {
   const [early, late] = [median(memory.slice(2 * fifth, 3 * fifth)), median(memory.slice(-fifth))];
   const isFlat = !(late > early * MAX_GROWTH); // NaN where there is no /proc
   console.log(
-    `memory ${megabytes(early)} in the third fifth, ${megabytes(late)} in the last: ${
-      isFlat ? "flat" : "GROWN"
-    }`,
+    `memory ${megabytes(early)} in the third fifth, ${megabytes(late)} in the last: ${isFlat ? "flat" : "GROWN"}`,
   );
   process.exitCode = isFlat && faults.length === 0 ? 0 : 1;
 }
