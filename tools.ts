@@ -268,7 +268,6 @@ export function requestedScopes(enforceScopes: boolean): string[] {
 export function createMcpServerFactory(settings: ToolSettings) {
   const info = { name: "tasks", title: RESOURCE_NAME, version: "1.0.0" };
   const options = {
-    capabilities: { tools: {} },
     instructions: "Each signed-in user's own task list.",
     jsonSchemaValidator: new AjvJsonSchemaValidator(), // made per request, as by default, it costs 0.3 ms
   };
@@ -280,6 +279,7 @@ export function createMcpServerFactory(settings: ToolSettings) {
 
   return (caller: Caller, store: TaskStore): McpServer => {
     const server = new McpServer(info, options);
+    server.server.registerCapabilities({ tools: {} }); // among the options it would promise listChanged, too
     server.server.setRequestHandler(ListToolsRequestSchema, () => ({ tools: list }));
     server.server.setRequestHandler(
       CallToolRequestSchema,

@@ -3,7 +3,6 @@ import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { cp, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
-import { isBuiltin } from "node:module";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
@@ -16,7 +15,7 @@ import { environment } from "../server.ts";
 import { openTaskStore, requestedScopes, RESOURCE_NAME } from "../tools.ts";
 import type { TaskStore } from "../tools.ts";
 import { dev } from "./run/dev.ts";
-import { freePort, post, RUNTIME_FLAGS, startServer } from "./support/server.ts";
+import { freePort, noSqlite, post, RUNTIME_FLAGS, startServer } from "./support/server.ts";
 import { reset, runSetup } from "./support/setup.ts";
 import { isStrict, settingsFor } from "./support/tenant-settings.ts";
 import type { ClientKind, SettingName } from "./support/tenant-settings.ts";
@@ -277,8 +276,7 @@ describe("Make it yours", () => {
     assert.deepEqual(tasks.map(({ title }: { title: string }) => title), ["Open"]);
   });
 
-  const skip = !isBuiltin("node:sqlite") && "this runtime has no node:sqlite";
-  test("Add a column: a file from before gets it, and the tools take it", { skip }, async (t) => {
+  test("Add a column: a file from before gets it, and the tools take it", { skip: noSqlite }, async (t) => {
     const directory = await temporaryDirectory(t);
     const url = `file:${join(directory, "tasks.db")}`;
     const before = await openTaskStore(url, assert.fail);

@@ -9,7 +9,7 @@ import type { Transport } from "@modelcontextprotocol/sdk/shared/transport.js";
 import { CallToolResultSchema } from "@modelcontextprotocol/sdk/types.js";
 import type { CallToolResult } from "@modelcontextprotocol/sdk/types.js";
 import type { Task } from "../tools.ts";
-import { startServer } from "./support/server.ts";
+import { post, startServer } from "./support/server.ts";
 import type { RunningServer } from "./support/server.ts";
 import { startTenant } from "./support/tenant.ts";
 import type { Tenant } from "./support/tenant.ts";
@@ -43,11 +43,11 @@ async function connect(t: TestContext, claims: Record<string, unknown> = {}, { u
 
   const call = async (name: string, input: Record<string, unknown> = {}): Promise<CallToolResult> =>
     CallToolResultSchema.parse(await client.callTool({ name, arguments: input }));
-  /** The structured content of a call that succeeds, after a short text. */
+  /** The structured content of a call that succeeds. The text is the same, for hosts that read only that. */
   async function get<Content>(name: string, input?: Record<string, unknown>): Promise<Content> {
     const { isError, content: [text], structuredContent } = await call(name, input);
     assert.ok(!isError && text?.type === "text", JSON.stringify(text));
-    assert.ok(text.text.length > 0 && text.text.length < 300);
+    assert.deepEqual(JSON.parse(text.text), structuredContent);
     return structuredContent as Content;
   }
   const create = async (input: Record<string, unknown>) => (await get<{ task: Task }>("create_task", input)).task;
@@ -63,28 +63,63 @@ async function connect(t: TestContext, claims: Record<string, unknown> = {}, { u
   return { client, tools, call, get, create, update, list, fail };
 }
 
-test("five tools are listed, each with all that a model and a client want to know", async (t) => {
-  const { tools } = await connect(t);
-  assert.deepEqual(tools.map(({ name }) => name), [
+/** The reply to a message as it goes over the wire: the SDK's client drops what it does not know. */
+async function ask(method: string, params: unknown, { url } = server) {
+  const token = await tenant.sign({ aud: url, sub: `auth0|${randomUUID()}` });
+  return await (await post(url, token, method, params)).json();
+}
+
+test("five tools are listed, each with all that a model and a client want to know", async () => {
+  const { result: { tools } } = await ask("tools/list", {});
+  assert.deepEqual(tools.map(({ name }: { name: string }) => name), [
     "get_profile",
     "list_tasks",
     "create_task",
     "update_task",
     "delete_task",
   ]);
-  for (const { name, title, description, inputSchema, outputSchema, annotations, _meta } of tools) {
-    assert.ok(title && description && description.startsWith("Use this"), name);
-    assert.equal(inputSchema.type, "object");
-    assert.equal(outputSchema?.type, "object");
-    const hints = ["readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"];
-    assert.deepEqual(Object.keys(annotations ?? {}).sort(), hints.sort(), name);
-    assert.deepEqual(_meta?.securitySchemes, [
-      { type: "oauth2", scopes: ["openid", "profile", "email", "offline_access"] },
+  for (const tool of tools) {
+    const { name, title, description, inputSchema, outputSchema, annotations, securitySchemes, _meta } = tool;
+    assert.ok(title && description.startsWith("Use this"), name);
+    assert.deepEqual([inputSchema.type, inputSchema.additionalProperties, outputSchema.type], [
+      "object",
+      false,
+      "object",
     ]);
+    const hints = ["readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"];
+    assert.deepEqual(Object.keys(annotations).sort(), hints.sort(), name);
+    assert.deepEqual(securitySchemes, [{ type: "oauth2", scopes: ["openid", "profile", "email", "offline_access"] }]);
+    assert.deepEqual(_meta.securitySchemes, securitySchemes);
     assert.ok(_meta["openai/toolInvocation/invoking"] && _meta["openai/toolInvocation/invoked"], name);
+    assert.equal(annotations.readOnlyHint, ["get_profile", "list_tasks"].includes(name));
   }
-  const readers = tools.filter(({ annotations }) => annotations?.readOnlyHint).map(({ name }) => name);
-  assert.deepEqual(readers, ["get_profile", "list_tasks"]);
+});
+
+test("the listed schemas hold nothing that a host cannot read", async () => {
+  const walk = (value: unknown): [string, unknown][] =>
+    typeof value !== "object" || value === null
+      ? []
+      : Object.entries(value).flatMap(([name, inner]) => [[name, inner], ...walk(inner)] as [string, unknown][]);
+  const { result: { tools } } = await ask("tools/list", {});
+  const entries = tools.flatMap(({ inputSchema, outputSchema }: Record<string, unknown>) => [
+    ...walk(inputSchema),
+    ...walk(outputSchema),
+  ]);
+  assert.ok(entries.length > 100);
+  const unread = entries.filter(([name, value]: [string, unknown]) =>
+    name === "$schema" || name === "pattern" || (name === "format" && value !== "date-time")
+  );
+  assert.deepEqual(unread, []);
+});
+
+test("a stateless server does not promise to say when its list changes", async () => {
+  const { result } = await ask("initialize", {
+    protocolVersion: "2025-11-25",
+    capabilities: {},
+    clientInfo: { name: "test", version: "1" },
+  });
+  assert.deepEqual(result.capabilities, { tools: {} });
+  assert.ok(result.instructions.length < 512); // what ChatGPT reads of them
 });
 
 test("the profile tool is marked for ChatGPT, takes nothing and says only who the user is", async (t) => {
@@ -96,7 +131,18 @@ test("the profile tool is marked for ChatGPT, takes nothing and says only who th
   });
   const profile = tools.find(({ _meta }) => _meta?.["openai/profile"] === true);
   assert.equal(profile?.name, "get_profile");
-  assert.deepEqual(profile.inputSchema.properties, {});
+  assert.deepEqual(profile.inputSchema, { type: "object", properties: {}, additionalProperties: false });
+  assert.deepEqual(profile.outputSchema, {
+    type: "object",
+    properties: {
+      id: { type: "string", minLength: 1 },
+      name: { type: "string" },
+      email: { type: "string" },
+      nickname: { type: "string" },
+    },
+    required: ["id"],
+    additionalProperties: false,
+  });
   assert.deepEqual(await get("get_profile"), { id: "auth0|alice", name: "Alice", email: "a@example.com" });
 });
 
@@ -206,16 +252,39 @@ test("another user's task answers exactly as an unknown one does", async (t) => 
   assert.equal((await alice.list()).tasks.length, 1);
 });
 
-test("bad input is a tool error that names the field", async (t) => {
-  const { create, fail } = await connect(t);
+test("a page has twenty tasks, and stays short enough for hosts that cut at 100,000 characters", async (t) => {
+  const { create, call } = await connect(t);
+  for (let n = 0; n < 21; n++) await create({ title: "x".repeat(200), notes: "x".repeat(4_000) });
+  const { content: [text], structuredContent } = await call("list_tasks");
+  assert.equal((structuredContent as { tasks: Task[] }).tasks.length, 20);
+  assert.ok(text?.type === "text" && text.text.length < 100_000);
+});
+
+test("null for what is optional counts as left out, except where it means none", async (t) => {
+  const { create, update, list } = await connect(t);
+  const task = await create({ title: "Here", notes: "Some", due_at: null, idempotency_key: null });
+  assert.deepEqual(await list({ status: null, limit: null, cursor: null }), { tasks: [task] });
+  const unchanged = await update({ id: task.id, title: null, status: null });
+  assert.deepEqual(unchanged, { ...task, updated_at: unchanged.updated_at });
+  assert.equal((await update({ id: task.id, notes: null })).notes, null);
+  for (const input of [null, undefined]) {
+    const { result } = await ask("tools/call", { name: "list_tasks", arguments: input });
+    assert.deepEqual(result.structuredContent, { tasks: [] });
+  }
+});
+
+test("bad input is a tool error that names the field, and shows input that works", async (t) => {
+  const { create, call, fail } = await connect(t);
   const { id } = await create({ title: "Here" });
   const cases: [tool: string, input: Record<string, unknown>, field: string][] = [
     ["create_task", {}, "title"],
+    ["create_task", { title: null }, "title"],
     ["create_task", { title: "" }, "title"],
     ["create_task", { title: "   " }, "title"],
     ["create_task", { title: "x".repeat(201) }, "title"],
     ["create_task", { title: "a\0b" }, "title"],
     ["create_task", { title: "x", notes: "x".repeat(4001) }, "notes"],
+    ["create_task", { title: "x", notes: "\0" }, "notes"],
     ["create_task", { title: "x", due_at: "tomorrow" }, "due_at"],
     ["create_task", { title: "x", due_at: "2026-12-01T09:00:00" }, "due_at"],
     ["create_task", { title: "x", due_at: "2026-13-01T09:00:00Z" }, "due_at"],
@@ -226,30 +295,39 @@ test("bad input is a tool error that names the field", async (t) => {
     ["list_tasks", { status: "late" }, "status"],
     ["list_tasks", { cursor: "second page" }, "cursor"],
     ["update_task", { id, status: "late" }, "status"],
-    ["update_task", { id, title: null }, "title"],
     ["update_task", { title: "x" }, "id"],
     ["delete_task", { id: 7 }, "id"],
+    ["delete_task", { id: "\0" }, "id"],
   ];
   for (const [tool, input, field] of cases) {
-    assert.match(await fail(tool, input), new RegExp(`\\b${field}\\b`), `${tool} ${JSON.stringify(input)}`);
+    const text = await fail(tool, input);
+    const [, example = ""] = new RegExp(`\\b${field}: .*Input that works: (.*)$`).exec(text) ?? assert.fail(text);
+    // Right by the schema; a task with the example's id need not be there.
+    const { content: [answer], isError } = await call(tool, JSON.parse(example));
+    assert.ok(!isError || (answer?.type === "text" && answer.text.startsWith("id: no task has the id")), example);
   }
 });
 
-test("an unknown tool is a tool error, whatever it is called", async (t) => {
+test("an unknown tool is a tool error that names those there are", async (t) => {
   const { fail } = await connect(t);
-  for (const name of ["no_such_tool", "constructor", "__proto__"]) assert.ok(await fail(name), name);
+  for (const name of ["no_such_tool", "constructor", "__proto__"]) {
+    assert.match(await fail(name), new RegExp(`${name}.*get_profile, list_tasks, create_task`));
+  }
 });
 
-test("with ENFORCE_SCOPES a tool asks for its own permission", async (t) => {
-  const { tools } = await connect(t, {}, enforcing);
-  const scopes = tools.map(({ _meta }) => (_meta?.securitySchemes as { scopes: string[] }[])[0]?.scopes);
-  assert.deepEqual(scopes, [
+test("with ENFORCE_SCOPES a tool asks for its own permission", async () => {
+  const { result: { tools } } = await ask("tools/list", {}, enforcing);
+  const expected = [
     ["offline_access"],
     ["tasks:read", "offline_access"],
     ["tasks:write", "offline_access"],
     ["tasks:write", "offline_access"],
     ["tasks:write", "offline_access"],
-  ]);
+  ];
+  for (const [index, { securitySchemes, _meta }] of tools.entries()) {
+    assert.deepEqual(securitySchemes, [{ type: "oauth2", scopes: expected[index] }]);
+    assert.deepEqual(_meta.securitySchemes, securitySchemes);
+  }
 });
 
 test("with ENFORCE_SCOPES a missing permission is a tool error with a challenge that asks for all", async (t) => {
@@ -264,7 +342,7 @@ test("with ENFORCE_SCOPES a missing permission is a tool error with a challenge 
   assert.deepEqual(more, []);
   const form = new RegExp(
     `^Bearer error="insufficient_scope", error_description="[^"]*tasks:write[^"]*", ` +
-      `scope="tasks:read tasks:write offline_access", resource_metadata="${metadata}"$`,
+      `resource_metadata="${metadata}", scope="tasks:read tasks:write offline_access"$`,
   );
   assert.match(challenge ?? "", form);
 });

@@ -14,7 +14,7 @@ import { join } from "node:path";
 import { Connection, median, megabytes, runtime, toRequest, usageOf } from "../support/load.ts";
 import type { Reply } from "../support/load.ts";
 import { noPostgres, startPostgres } from "../support/postgres.ts";
-import { freePort, spawnServer } from "../support/server.ts";
+import { freePort, noSqlite, spawnServer } from "../support/server.ts";
 import type { ServerProcess } from "../support/server.ts";
 import { startTenant } from "../support/tenant.ts";
 
@@ -57,7 +57,6 @@ interface Round {
 
 const root = join(import.meta.dirname, "../..");
 const audience = "http://localhost/mcp"; // the same for all, whatever their ports
-const hasSqlite = await import("node:sqlite").then(() => true, () => false);
 const directory = await mkdtemp(join(tmpdir(), "bench-"));
 const postgres = noPostgres || process.argv.includes("--memory") ? undefined : await startPostgres();
 const tenant = await startTenant();
@@ -74,7 +73,7 @@ let calls = 0;
 let wrong = 0;
 
 try {
-  const store = hasSqlite ? "SQLite" : "memory, since this runtime has no node:sqlite";
+  const store = noSqlite ? "memory, since this runtime has no node:sqlite" : "SQLite";
   console.log(`${runtime} on ${process.platform}, ${availableParallelism()} CPUs, tasks in ${store}`);
   await (process.argv.includes("--memory") ? watchMemory() : compare());
   console.log(`\nWrong replies: ${wrong} of ${calls.toLocaleString("en")}`);
@@ -90,7 +89,7 @@ async function compare() {
   const ours = await enter("server.ts", join(root, "server.ts"));
   const documented = await enter("documented pattern", join(root, "test/support/peer-documented.ts"));
   const grown = await enter("server.ts, grown", await copyWithMoreTools());
-  if (hasSqlite) await addTasksOfOthers(grown);
+  if (!noSqlite) await addTasksOfOthers(grown);
   const pooled = postgres &&
     await enter("server.ts, PostgreSQL", join(root, "server.ts"), { DATABASE_URL: postgres.url });
   const bare = await enterBare(ours);
@@ -124,7 +123,7 @@ async function compare() {
       print(`  ${name}`, ...figures, (cpu / least).toFixed(2), (cpu / most).toFixed(2));
     }
   }
-  const others = hasSqlite ? ` and ${MORE_TASKS.toLocaleString("en")} tasks of others` : "";
+  const others = noSqlite ? "" : ` and ${MORE_TASKS.toLocaleString("en")} tasks of others`;
   console.log(
     `\n"x" is CPU beside that of the others. "grown" has ${MORE_TOOLS} more tools to list${others}`,
   );
@@ -223,7 +222,7 @@ async function start(script: string, env: Record<string, string> = {}): Promise<
       AUTH0_DOMAIN: tenant.origin,
       MCP_SERVER_URL: audience,
       PORT: String(port),
-      DATABASE_URL: hasSqlite ? `file:${databaseOf(port)}` : "memory:",
+      DATABASE_URL: noSqlite ? "memory:" : `file:${databaseOf(port)}`,
       ...env,
     },
     directory,

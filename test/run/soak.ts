@@ -14,7 +14,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Task } from "../../tools.ts";
 import { Connection, median, megabytes, runtime, toRequest, usageOf } from "../support/load.ts";
-import { freePort, spawnServer } from "../support/server.ts";
+import { freePort, noSqlite, spawnServer } from "../support/server.ts";
 import { startTenant } from "../support/tenant.ts";
 
 const USERS = 32;
@@ -43,7 +43,6 @@ interface Structured {
 }
 
 const minutes = Number(process.argv[2] ?? 5);
-const hasSqlite = await import("node:sqlite").then(() => true, () => false);
 const directory = await mkdtemp(join(tmpdir(), "soak-"));
 const tenant = await startTenant();
 const port = await freePort();
@@ -159,7 +158,7 @@ const server = spawnServer({
   AUTH0_DOMAIN: tenant.origin,
   MCP_SERVER_URL: aud,
   PORT: String(port),
-  DATABASE_URL: hasSqlite ? `file:${join(directory, "soak.db")}` : "memory:",
+  DATABASE_URL: noSqlite ? "memory:" : `file:${join(directory, "soak.db")}`,
 });
 await server.ready;
 const users = Array.from({ length: USERS }, (_, index): User => ({
@@ -172,7 +171,7 @@ const users = Array.from({ length: USERS }, (_, index): User => ({
 const sampling = setInterval(() => memory.push(usageOf(server.pid).rss), 1_000);
 try {
   console.log(
-    `${runtime}, ${USERS} users for ${minutes} minutes, tasks in ${hasSqlite ? "SQLite" : "memory"}`,
+    `${runtime}, ${USERS} users for ${minutes} minutes, tasks in ${noSqlite ? "memory" : "SQLite"}`,
   );
   const end = Date.now() + minutes * 60_000;
   await Promise.all(users.map((user) => live(user, end)));
