@@ -50,9 +50,8 @@ const dueAtSchema = z.iso.datetime({ offset: true }).transform((time) => new Dat
   .describe("When it is due, ISO 8601 with a time zone such as 2026-12-01T09:00:00+01:00; null for no date");
 const idSchema = textSchema(1, 100).describe("The id of a task, from list_tasks or create_task");
 /** The last task of a page. The next page starts after it, whatever is added or deleted meanwhile. */
-const cursorSchema = z.string().max(100).transform((cursor) => cursor.split("_"))
-  .pipe(z.tuple([z.iso.datetime(), z.uuid()], "It must be the next_cursor of a page"))
-  .transform(([created_at, id]) => ({ created_at, id }));
+const cursorSchema = z.string().regex(/^[-\d:.TZ]{24}_[-\da-f]{36}$/, "It must be the next_cursor of a page")
+  .transform((cursor) => ({ created_at: cursor.slice(0, 24), id: cursor.slice(25) }));
 
 // ------------------------------------------------------------------------------------------------ the tools
 
@@ -227,7 +226,7 @@ function defineTool<Input extends z.ZodObject, Output extends z.ZodObject>(
 
 /** Models send null for what they leave out. It counts as left out, unless the schema gives null a meaning. */
 function withoutNulls(input: Record<string, unknown>, { shape }: z.ZodObject): Record<string, unknown> {
-  const hasMeaning = (name: string) => shape[name] !== undefined && z.safeParse(shape[name], null).success;
+  const hasMeaning = (name: string) => Object.hasOwn(shape, name) && z.safeParse(shape[name], null).success;
   return Object.fromEntries(
     Object.entries(input).filter(([name, value]) => value !== null || hasMeaning(name)),
   );
@@ -279,7 +278,7 @@ export function createMcpServerFactory(settings: ToolSettings) {
 
   return (caller: Caller, store: TaskStore): McpServer => {
     const server = new McpServer(info, options);
-    server.server.registerCapabilities({ tools: {} }); // among the options it would promise listChanged, too
+    server.server.registerCapabilities({ tools: {} }); // given as an option it would become listChanged, too
     server.server.setRequestHandler(ListToolsRequestSchema, () => ({ tools: list }));
     server.server.setRequestHandler(
       CallToolRequestSchema,
