@@ -3,7 +3,6 @@ import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { cp, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
-import { isBuiltin } from "node:module";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
@@ -15,9 +14,10 @@ import { challenge } from "../auth.ts";
 import { environment } from "../server.ts";
 import { openTaskStore, requestedScopes, RESOURCE_NAME } from "../tools.ts";
 import type { TaskStore } from "../tools.ts";
+import { demo } from "./run/demo.ts";
 import { dev } from "./run/dev.ts";
-import { freePort, post, RUNTIME_FLAGS, startServer } from "./support/server.ts";
-import { runSetup, startManagedTenant } from "./support/setup.ts";
+import { freePort, noSqlite, post, startServer } from "./support/server.ts";
+import { reset, runSetup } from "./support/setup.ts";
 import { isStrict, settingsFor } from "./support/tenant-settings.ts";
 import type { ClientKind, SettingName } from "./support/tenant-settings.ts";
 import { ALICE, configuredTenant, startTenant } from "./support/tenant.ts";
@@ -113,21 +113,23 @@ test("the table of the tools names the tools that the server lists", async (t) =
 
 test("the names of --break are those that the demo lists", async () => {
   const named = [...README.matchAll(/--break ([a-z-]+)/g)].map(([, name]) => name);
-  const { stdout } = await run("test/run/demo.ts", "--break");
+  const stdout = await runDemo("--break");
   const listed = [...stdout.matchAll(/^ +(\S+)/gm)].map(([, name]) => name);
   assert.deepEqual([...new Set(named)].sort(), listed.sort());
 });
 
 test("the demo's output stands in the README as the demo prints it", async () => {
   const quoted = block("text", "Alice links the server");
-  const { stdout } = await run("test/run/demo.ts");
+  const stdout = await runDemo();
   const general = (text: string) =>
     text.replace(/localhost:\d+/g, "localhost").replace(/[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}/g, "ID");
   for (const part of general(quoted).split(/^ *…\n/m)) assert.ok(general(stdout).includes(part), part);
 });
 
 test("setup's output stands in the README as setup prints it", async (t) => {
-  const tenant = await startManagedTenant(t, { kind: "strict" });
+  const tenant = await startTenant();
+  t.after(() => tenant.close());
+  reset(tenant, { kind: "strict" });
   const { output } = await runSetup(tenant, { way: "register" }, { serverUrl: "https://tasks.example.com/mcp" });
   assert.equal(block("text", "to do"), `${output}\n`);
 });
@@ -275,8 +277,7 @@ describe("Make it yours", () => {
     assert.deepEqual(tasks.map(({ title }: { title: string }) => title), ["Open"]);
   });
 
-  const skip = !isBuiltin("node:sqlite") && "this runtime has no node:sqlite";
-  test("Add a column: a file from before gets it, and the tools take it", { skip }, async (t) => {
+  test("Add a column: a file from before gets it, and the tools take it", { skip: noSqlite }, async (t) => {
     const directory = await temporaryDirectory(t);
     const url = `file:${join(directory, "tasks.db")}`;
     const before = await openTaskStore(url, assert.fail);
@@ -370,9 +371,10 @@ async function changed(t: TestContext, edit: (source: string) => string) {
   return { createServer, readSettings, openTaskStore };
 }
 
-/** Runs a file of the repository on the runtime and with the loader that run this one. */
-function run(file: string, ...args: string[]): Promise<{ stdout: string }> {
-  return promisify(execFile)(process.execPath, [...RUNTIME_FLAGS, join(ROOT, file), ...args]);
+async function runDemo(...args: string[]): Promise<string> {
+  const printed: string[] = [];
+  await demo(args, (text) => printed.push(`${text}\n`));
+  return printed.join("");
 }
 
 interface Variation {

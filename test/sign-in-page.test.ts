@@ -57,8 +57,7 @@ test(
       "parseFloat(getComputedStyle(document.activeElement).outlineWidth)",
       (width) => Number(width) >= 2,
     );
-    const heights =
-      "Math.min(...[...document.querySelectorAll('input, button')].map((one) => one.offsetHeight))";
+    const heights = "Math.min(...[...document.querySelectorAll('input, button')].map((one) => one.offsetHeight))";
     await look(heights, (height) => Number(height) >= 44); // for a thumb
     await type("eve@example.com");
     await look("document.querySelector('[role=alert]')?.textContent", (text) => text === "Wrong email");

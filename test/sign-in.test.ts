@@ -61,8 +61,7 @@ async function titles(connector: Connector): Promise<string[]> {
 /** What stops the user when one setting of the README's table "Which way is yours" is left out. */
 const SYMPTOMS: Record<SettingName, (client: ClientKind) => RegExp> = {
   "api": () => /Service not found: http:\/\/localhost/,
-  "offline-access": (client) =>
-    isStrict(client) ? /OAUTH_SCOPES_MISMATCH.*offline_access/ : /No refresh token/,
+  "offline-access": (client) => isStrict(client) ? /OAUTH_SCOPES_MISMATCH.*offline_access/ : /No refresh token/,
   "default-permissions": () => /Client "tpc_\w+" is not authorized to access resource server/,
   "default-audience": () => /401 .*JWE of 5 parts/,
   "registration": () => /Dynamic client registration is disabled/,

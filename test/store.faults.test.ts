@@ -147,8 +147,7 @@ async function createAll(
   return failures;
 }
 
-const numbered = (count: number) =>
-  Array.from({ length: count }, (_, index) => String(index).padStart(3, "0"));
+const numbered = (count: number) => Array.from({ length: count }, (_, index) => String(index).padStart(3, "0"));
 
 const health = async (port: number) => (await fetch(`http://127.0.0.1:${port}/health`)).status;
 
@@ -258,8 +257,7 @@ describe("a file at fault", { ...onSqlite, concurrency: true }, () => {
       const [port, file] = [await freePort(), newFile()];
       const server = await startProcess(port, `file:${file}`);
       const user = await newUser(port);
-      const limitFiles = (bytes: string) =>
-        execFileSync("prlimit", [`--pid=${server.pid}`, `--fsize=${bytes}:`]);
+      const limitFiles = (bytes: string) => execFileSync("prlimit", [`--pid=${server.pid}`, `--fsize=${bytes}:`]);
       await user.create("before");
       const acknowledged = ["before"];
 

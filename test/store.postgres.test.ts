@@ -115,8 +115,7 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     // Holds all of them up at the same place, since on a busy machine they would come one by one.
     const unlock = await lock(empty, "CREATE TABLE schema_changes ()");
     const starts = Array.from({ length: 24 }, () => openTaskStore(named(empty, "start"), () => {}));
-    const waiting =
-      "SELECT FROM pg_stat_activity WHERE application_name = 'start' AND wait_event_type = 'Lock'";
+    const waiting = "SELECT FROM pg_stat_activity WHERE application_name = 'start' AND wait_event_type = 'Lock'";
     while ((await postgres.query(waiting)).length < starts.length);
     await unlock();
     for (const store of await Promise.all(starts)) await store.close();

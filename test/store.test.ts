@@ -47,8 +47,7 @@ const stores = [
     name: "on SQLite",
     skip: noSqlite,
     overshoot: 0,
-    openTwo: () =>
-      Promise.all([open(`file:${directory}/tasks.db`), openAnother(`file:${directory}/tasks.db`)]),
+    openTwo: () => Promise.all([open(`file:${directory}/tasks.db`), openAnother(`file:${directory}/tasks.db`)]),
   },
   {
     name: "on PostgreSQL",
@@ -334,8 +333,7 @@ async function openWith(url: string, statements: string): Promise<TaskStore> {
 describe("the tables", { concurrency: true }, () => {
   for (const { name, skip, newUrl, run, slow } of databases) {
     describe(`on ${name}`, { skip, concurrency: true }, () => {
-      const numbers = async (url: string) =>
-        (await run(url, "SELECT * FROM schema_changes")).map(Object.values);
+      const numbers = async (url: string) => (await run(url, "SELECT * FROM schema_changes")).map(Object.values);
 
       test("made by an earlier state are given what they lack, once, by servers that start at once", async () => {
         const url = await newUrl();

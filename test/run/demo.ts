@@ -176,8 +176,7 @@ const BREAKS: Record<string, Break> = {
     about: "AUTH0_DOMAIN is another domain of the same tenant",
     step: STEP_0,
     kinds: ["permissive", "strict"],
-    leaveOut: ({ environment, tenant }) =>
-      environment.AUTH0_DOMAIN = tenant.origin.replace("localhost", "127.0.0.1"),
+    leaveOut: ({ environment, tenant }) => environment.AUTH0_DOMAIN = tenant.origin.replace("localhost", "127.0.0.1"),
     symptom: /^401 .*invalid_token.*issuer http:\/\/localhost\S+ expected http:\/\/127\.0\.0\.1/,
   },
   "signing-keys": {
@@ -370,8 +369,7 @@ async function listTitles(connector: Connector): Promise<unknown[]> {
 }
 
 const isColoured = process.stdout.isTTY && !process.env.NO_COLOR;
-const paint = (format: Parameters<typeof styleText>[0], text: string) =>
-  isColoured ? styleText(format, text) : text;
+const paint = (format: Parameters<typeof styleText>[0], text: string) => isColoured ? styleText(format, text) : text;
 
 function heading(text: string, print: Print): void {
   print(`\n${paint("bold", text)}`);
@@ -400,9 +398,7 @@ function explain({ step, symptom }: Break, failure: unknown, tenant: Tenant, pri
   if (logged) print(`  Auth0's log ${logged}`);
   print(`  Mended by   README, ${step}`);
   print(
-    isExpected
-      ? "  As expected when this setting is left out."
-      : paint("red", `  NOT as expected: ${symptom}`),
+    isExpected ? "  As expected when this setting is left out." : paint("red", `  NOT as expected: ${symptom}`),
   );
   return isExpected ? 0 : 1;
 }

@@ -85,8 +85,9 @@ function explain(error: unknown): string {
 
 if (realpathSync(process.argv[1] ?? "") === fileURLToPath(import.meta.url)) {
   try {
-    const stop = await dev(process.argv.slice(2), process.env, console.log);
-    for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, stop);
+    const running = dev(process.argv.slice(2), process.env, console.log);
+    for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, async () => (await running)());
+    await running;
   } catch (error) {
     console.error(explain(error));
     process.exitCode = 1;

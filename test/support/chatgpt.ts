@@ -176,8 +176,7 @@ export class Connector {
     if (!this.#link) throw new Error("The connector is not linked");
     const { authorizationServer, requestedScopes, tokens: { refresh_token: refreshToken } } = this.#link;
     const request = { ...this.#link };
-    const asked =
-      `POST ${request.metadata.token_endpoint} grant_type=refresh_token resource=${request.resource}`;
+    const asked = `POST ${request.metadata.token_endpoint} grant_type=refresh_token resource=${request.resource}`;
     this.#link.tokens = await this.#hop(6, "Refresh", asked, async () => {
       if (!refreshToken) throw new LinkError("No refresh token: access ends when the access token expires");
       const tokens = await refreshAuthorization(authorizationServer, { ...request, refreshToken });
@@ -228,9 +227,7 @@ export class Connector {
       authorizationServer,
       metadata,
       // One redirect for all is safe only where each answer names its issuer (RFC 9207).
-      callbackId: promisesIssuer(metadata) && metadata.issuer === authorizationServer
-        ? undefined
-        : this.#callbackId,
+      callbackId: promisesIssuer(metadata) && metadata.issuer === authorizationServer ? undefined : this.#callbackId,
     };
   }
 

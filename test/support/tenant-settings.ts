@@ -128,8 +128,7 @@ export const CLIENT_KINDS: ClientKind[] = [
 ];
 
 /** A client imported from its document is strict on any tenant; one made by hand is first-party on any. */
-export const isStrict = ({ tenant, way }: ClientKind) =>
-  way === "cimd" || way === "register" && tenant === "strict";
+export const isStrict = ({ tenant, way }: ClientKind) => way === "cimd" || way === "register" && tenant === "strict";
 
 /** The application that is made by hand in Step 5, and the id of the connection in ChatGPT that it is made for. */
 export const FIXED_CLIENT = { client_id: "fixed", client_secret: "fixed-secret" };

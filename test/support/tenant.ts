@@ -641,9 +641,7 @@ export async function signIn(
 ): Promise<URL> {
   const page = await fetch(authorizeUrl, { redirect: "manual" });
   const form = new URLSearchParams({ email, decision });
-  const reply = page.ok
-    ? await fetch(authorizeUrl, { method: "POST", body: form, redirect: "manual" })
-    : page;
+  const reply = page.ok ? await fetch(authorizeUrl, { method: "POST", body: form, redirect: "manual" }) : page;
   const location = reply.headers.get("location");
   if (!location) throw new Error(pageText(await reply.text()));
   return new URL(location);
