@@ -23,13 +23,13 @@ const isQuick = process.argv.includes("--quick");
 const isForMemory = process.argv.includes("--memory");
 
 const CONNECTIONS = 16;
-const USERS = 16; // their tokens take turns on every connection
+const USERS = isQuick ? 2 : 16; // their tokens take turns on every connection
 const TASKS = 10; // of each
 const ROUNDS = isQuick ? 2 : 9; // the first warms up and does not count
 const ROUND_MS = isQuick ? 20 : 700;
 const STARTS = isQuick ? 1 : 3;
 const MORE_TOOLS = 95;
-const MORE_TASKS = 100_000;
+const MORE_TASKS = isQuick ? 100 : 100_000;
 
 const SCENARIOS = ["tools/call", "tools/list", "refused token"] as const;
 type Scenario = typeof SCENARIOS[number];
@@ -67,7 +67,7 @@ interface Round {
 const root = join(import.meta.dirname, "../..");
 const audience = "http://localhost/mcp"; // the same for all, whatever their ports
 const directory = await mkdtemp(join(tmpdir(), "bench-"));
-const postgres = noPostgres || isQuick || isForMemory ? undefined : await startPostgres();
+const postgres = noPostgres || isForMemory ? undefined : await startPostgres();
 const tenant = await startTenant();
 const tokens = await signTokens();
 const expired = await signTokens({ exp: 1_000_000_000 });
