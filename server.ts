@@ -359,13 +359,14 @@ async function readJson(request: http.IncomingMessage): Promise<unknown> {
 
 /** @throws {Error} When the client has gone, even if that was before this was called. */
 async function readBody(request: http.IncomingMessage): Promise<Buffer> {
-  const tooLarge = new HttpError(413, `The body must not exceed ${MAX_BODY_BYTES} bytes`);
-  if (Number(request.headers["content-length"]) > MAX_BODY_BYTES) throw tooLarge;
+  const expectAtMost = (size: number) => {
+    if (size > MAX_BODY_BYTES) throw new HttpError(413, `The body must not exceed ${MAX_BODY_BYTES} bytes`);
+  };
+  expectAtMost(Number(request.headers["content-length"]));
   const chunks: Buffer[] = [];
   let size = 0;
   for await (const chunk of request.iterator({ destroyOnReturn: false })) { // the answer still has to go out
-    size += chunk.length;
-    if (size > MAX_BODY_BYTES) throw tooLarge;
+    expectAtMost(size += chunk.length);
     chunks.push(chunk);
   }
   return Buffer.concat(chunks);
