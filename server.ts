@@ -255,6 +255,7 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
     const started = performance.now();
     const gone = new AbortController();
     response.on("close", () => response.writableFinished || gone.abort());
+    request.on("error", () => gone.abort()); // its body broke off; on Deno the response closes only later
     const reply = await handle(request, response, gone.signal).catch(refuse);
     if (!gone.signal.aborted) send(response, reply);
     request.resume(); // what is left of a refused body: a client that is still sending would not see the answer
