@@ -120,6 +120,7 @@ test("a malformed setting is named, with the rule that it breaks and what it mus
     ["MCP_SERVER_URL", "https://mcp.example.com/mcp?", /query/],
     ["MCP_SERVER_URL", "https://mcp.example.com/mcp#top", /fragment/],
     ["MCP_SERVER_URL", "https://user:password@mcp.example.com/mcp", /user/],
+    ["MCP_SERVER_URL", "https://:password@mcp.example.com/mcp", /user|password/],
     ["MCP_SERVER_URL", "https://Mcp.example.com/mcp", /normal form/],
     ["MCP_SERVER_URL", "https://mcp.example.com:443/mcp", /normal form/],
     ["MCP_SERVER_URL", "https://mcp.example.com/a/../mcp", /normal form/],
