@@ -34,14 +34,14 @@ import type { TaskStore } from "./tools.ts";
 /** The environment. An error names the first rule that is broken; the description says what a value must be. */
 export const environment = z.object({
   AUTH0_DOMAIN: z.string().superRefine(firstBroken({
-    "begins with a scheme": (text) => text.includes("://") && !isLoopback(hostOf(text)), // but for the stand-in tenant
+    "begins with a scheme": (text) => text.includes("://") && !isLocal(text), // the stand-in tenant may
     "holds a slash": (text) => text.replace("://", "").includes("/"),
     "holds a capital letter": (text) => /[A-Z]/.test(text),
     "is no domain": (text) => !/^([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$/.test(text) && !isOrigin(text),
   })).describe("the tenant's domain and nothing else, such as your-tenant.us.auth0.com"),
   MCP_SERVER_URL: z.string().superRefine(firstBroken({
     "is no URL": (text) => !URL.canParse(text),
-    "is not https": (text) => !text.startsWith("https:") && !(text.startsWith("http:") && isLoopback(hostOf(text))),
+    "is not https": (text) => !text.startsWith("https:") && !isLocal(text),
     "has a query or a fragment": (text) => /[?#]/.test(text),
     "has no path": (text) => new URL(text).pathname === "/",
     "ends in a slash": (text) => text.endsWith("/"),
@@ -131,12 +131,9 @@ function firstBroken(rules: Record<string, (text: string) => boolean>) {
   };
 }
 
-function hostOf(url: string): string {
-  return URL.canParse(url) ? new URL(url).hostname : "";
-}
-
-function isLoopback(hostname: string): boolean {
-  return /^(localhost|127(\.\d+){3}|\[::1\])$/.test(hostname);
+/** Whether a URL leads to this machine. */
+function isLocal(url: string): boolean {
+  return URL.canParse(url) && /^https?:\/\/(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$/.test(new URL(url).origin);
 }
 
 /** Of any scheme, as browsers send it. */
@@ -216,9 +213,8 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
     if (route === metadata) response.setHeader("Access-Control-Allow-Origin", "*");
     else if (origin !== undefined) {
       // A page in the user's browser must not reach a server it was not meant for (MCP, Streamable HTTP, Security).
-      const isLocal = /^https?:/.test(origin) && isLoopback(hostOf(origin));
       const message = `Origin ${origin} is not allowed: add it to ALLOWED_ORIGINS`;
-      if (!isLocal && !origins.has(origin)) throw new HttpError(403, message);
+      if (!origins.has(origin) && !isLocal(origin)) throw new HttpError(403, message);
       response.setHeader("Access-Control-Allow-Origin", origin);
       response.setHeader("Vary", "Origin");
     }
@@ -335,14 +331,10 @@ function preflight({ headers }: http.IncomingMessage): Reply {
 }
 
 function welcome({ serverUrl, issuer }: Settings): string {
-  const isPublic = !isLoopback(hostOf(serverUrl));
+  const use = isLocal(serverUrl) ? "Give this URL to an MCP client on this machine" : "Paste this URL into ChatGPT";
   return `An MCP server for ChatGPT, with users signed in through Auth0.
 
-${
-    isPublic
-      ? "Paste this URL into ChatGPT (README, Step 7):"
-      : "For an MCP client on this machine (ChatGPT needs a public URL):"
-  }
+${use} (README, Step 7):
 
   ${serverUrl}
 

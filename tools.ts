@@ -50,9 +50,8 @@ const dueAtSchema = z.iso.datetime({ offset: true }).transform((time) => new Dat
   .describe("When it is due, ISO 8601 with a time zone such as 2026-12-01T09:00:00+01:00; null for no date");
 const idSchema = textSchema(1, 100).describe("The id of a task, from list_tasks or create_task");
 /** The last task of a page. The next page starts after it, whatever is added or deleted meanwhile. */
-const cursorSchema = z.string().max(100).transform((cursor) => cursor.split("_"))
-  .pipe(z.tuple([z.iso.datetime(), z.uuid()], "It must be the next_cursor of a page"))
-  .transform(([created_at, id]) => ({ created_at, id }));
+const cursorSchema = z.string().regex(/^[-\d:.TZ]{24}_[-\da-f]{36}$/, "It must be the next_cursor of a page")
+  .transform((cursor) => ({ created_at: cursor.slice(0, 24), id: cursor.slice(25) }));
 
 // ------------------------------------------------------------------------------------------------ the tools
 
@@ -227,7 +226,7 @@ function defineTool<Input extends z.ZodObject, Output extends z.ZodObject>(
 
 /** Models send null for what they leave out. It counts as left out, unless the schema gives null a meaning. */
 function withoutNulls(input: Record<string, unknown>, { shape }: z.ZodObject): Record<string, unknown> {
-  const hasMeaning = (name: string) => shape[name] !== undefined && z.safeParse(shape[name], null).success;
+  const hasMeaning = (name: string) => Object.hasOwn(shape, name) && z.safeParse(shape[name], null).success;
   return Object.fromEntries(
     Object.entries(input).filter(([name, value]) => value !== null || hasMeaning(name)),
   );
@@ -268,7 +267,6 @@ export function requestedScopes(enforceScopes: boolean): string[] {
 export function createMcpServerFactory(settings: ToolSettings) {
   const info = { name: "tasks", title: RESOURCE_NAME, version: "1.0.0" };
   const options = {
-    capabilities: { tools: {} },
     instructions: "Each signed-in user's own task list.",
     jsonSchemaValidator: new AjvJsonSchemaValidator(), // made per request, as by default, it costs 0.3 ms
   };
@@ -280,6 +278,7 @@ export function createMcpServerFactory(settings: ToolSettings) {
 
   return (caller: Caller, store: TaskStore): McpServer => {
     const server = new McpServer(info, options);
+    server.server.registerCapabilities({ tools: {} }); // given as an option it would become listChanged, too
     server.server.setRequestHandler(ListToolsRequestSchema, () => ({ tools: list }));
     server.server.setRequestHandler(
       CallToolRequestSchema,
@@ -391,7 +390,10 @@ export async function openTaskStore(url: string | undefined, warn: (line: string
   if (asked === "memory:") return memoryStore();
   try {
     const database = await (isPostgres(asked) ? openPostgres(asked, warn) : openSqlite(asked));
-    await applyChanges(database);
+    await applyChanges(database).catch(async (error) => {
+      await database.close();
+      throw error;
+    });
     return sqlStore(database);
   } catch (error) {
     if (url === undefined && error instanceof NoSqlite) {
@@ -477,15 +479,15 @@ const CHANGES = [
    CREATE INDEX tasks_by_status ON tasks (owner, status, created_at, id)`,
 ];
 
-async function applyChanges({ query, run, close }: Database): Promise<void> {
+async function applyChanges({ query, run }: Database): Promise<void> {
   const countApplied = async () => (await query("SELECT number FROM schema_changes")).length;
   await run("CREATE TABLE IF NOT EXISTS schema_changes (number INTEGER PRIMARY KEY)");
+  await run("DELETE FROM schema_changes WHERE number < 0"); // none: it fails where the database can only be read
   for (let number = await countApplied(); number < CHANGES.length; number++) {
     try {
       await run(`INSERT INTO schema_changes VALUES (${number}); ${CHANGES[number]}`);
     } catch (error) {
       if (await countApplied() > number) continue; // another server, started beside this one, was faster
-      await close();
       const isOlder = number === 0 && /already exists/.test(reason(error));
       throw isOlder ? new Error("it holds tables of an older template. Name another one, or rename them") : error;
     }
@@ -611,8 +613,13 @@ async function openPostgres(url: string, warn: (line: string) => void): Promise<
   return {
     // Poolers mix up named statements, and a lost connection that is not the pool's own ends the process: neither here.
     query: async (sql, values = []) => (await pool.query(sql, values)).rows,
-    // One simple query is one transaction. The lock lets servers that start at once make the tables one by one.
-    run: async (script) => void await pool.query(`SELECT pg_advisory_xact_lock(0); ${script}`),
+    // One simple query is one transaction. The lock lets servers that start at once make the tables one by one. To change
+    // a large table takes longer than a call may.
+    async run(script) {
+      const text = `SET LOCAL statement_timeout = 0; SELECT pg_advisory_xact_lock(0); ${script}`;
+      const query = { text, query_timeout: 600_000 };
+      await pool.query(query);
+    },
     close: () => pool.end(),
   };
 }

@@ -1,14 +1,21 @@
-/** `npm run demo` as a user runs it, with every setting left out once. */
+/** `npm run demo`, with every setting left out once. */
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
 import { readFileSync } from "node:fs";
-import { describe, test } from "node:test";
+import { test } from "node:test";
+import { demo } from "./run/demo.ts";
 import { RUNTIME_FLAGS } from "./support/server.ts";
 
 /** What the screen must show of each setting: the words of the README's troubleshooting, and the step. */
 const SYMPTOMS: Record<string, { symptom: RegExp; step: string }> = {
-  "registration": { symptom: /Dynamic client registration is disabled/, step: "Step 2" },
-  "application-limit": { symptom: /You reached the limit of entities of this type/, step: "Step 2" },
+  "registration": {
+    symptom: /Dynamic client registration is disabled/,
+    step: "Enable client registration",
+  },
+  "application-limit": {
+    symptom: /You reached the limit of entities of this type/,
+    step: "Enable client registration",
+  },
   "default-audience": { symptom: /401 .*encrypted \(a JWE of 5 parts\)/, step: "Step 2" },
   "api-identifier": { symptom: /Service not found: http:\/\/localhost:\d+\/mcp$/m, step: "Step 1" },
   "offline-access": { symptom: /No refresh token/, step: "Step 1" },
@@ -19,7 +26,17 @@ const SYMPTOMS: Record<string, { symptom: RegExp; step: string }> = {
     step: "Step 1",
   },
   "oidc": { symptom: /OAUTH_OWNER_PROFILE_ID_MISSING/, step: "Step 7" },
-  "cimd-import": { symptom: /Unknown client: http.*\/client\.json/, step: "Step 2" },
+  "cimd-import": {
+    symptom: /Unknown client: http.*\/client\.json/,
+    step: "Enable client registration",
+  },
+  "issuer-response": {
+    symptom: /has the iss \(none\), expected http:\/\/localhost:\d+\/$/m,
+    step: "Enable client registration",
+  },
+  "callback": { symptom: /Callback URL mismatch: https:\/\/chatgpt\.com\/connector/, step: "Step 5" },
+  "rotation": { symptom: /Unknown or invalid refresh token/, step: "Step 5" },
+  "bot-rule": { symptom: /Expected 401, got 403/, step: "Step 0" },
   "server-url": { symptom: /401 .*expected http:\/\/localhost:\d+\/mcp\/v2/, step: "Step 0" },
   "issuer": { symptom: /401 .*issuer http:\/\/localhost.*expected http:\/\/127\.0\.0\.1/, step: "Step 0" },
   "signing-keys": { symptom: /503 .*signing keys cannot be had/, step: "Step 0" },
@@ -47,8 +64,22 @@ function assertReadmeAgrees(setting: string, output: string): void {
   assert.ok(section.includes(`(#${anchor})`), `${heading} does not link to ${mendedBy}`);
 }
 
-/** On the runtime and with the loader that run this file. */
-function run(...args: string[]): Promise<{ status: number; stdout: string; stderr: string }> {
+interface Outcome {
+  status: number;
+  stdout: string;
+  stderr: string;
+}
+
+/** In this process. */
+async function run(...args: string[]): Promise<Outcome> {
+  const printed: string[] = [];
+  const complaints: string[] = [];
+  const status = await demo(args, (line) => printed.push(line), (line) => complaints.push(line));
+  return { status, stdout: printed.join("\n"), stderr: complaints.join("\n") };
+}
+
+/** As a user does, on the runtime and with the loader that run this file. */
+function runCommandLine(...args: string[]): Promise<Outcome> {
   return new Promise((resolve) => {
     execFile(
       process.execPath,
@@ -58,52 +89,73 @@ function run(...args: string[]): Promise<{ status: number; stdout: string; stder
   });
 }
 
-describe("npm run demo", { concurrency: 2 }, () => {
-  for (const kind of ["permissive", "strict"]) {
-    test(`shows all nine hops on a ${kind} tenant, no token and, away from a terminal, no colour`, async () => {
-      const { status, stdout, stderr } = await run("--tenant", kind);
-      assert.equal(status, 0, stderr);
-      assert.match(stdout, new RegExp(`stand-in, ${kind}`));
-      for (let hop = 1; hop <= 9; hop++) assert.match(stdout, new RegExp(`^  ${hop} `, "m"));
-      assert.match(stdout, /each sees only their own tasks/);
-      assert.doesNotMatch(stdout, /eyJ/); // how a JWT begins
-      assert.ok(!stdout.includes("\x1b"));
-    });
-  }
-
-  for (const [setting, { symptom, step }] of Object.entries(SYMPTOMS)) {
-    test(`--break ${setting} shows its symptom and the step that mends it`, async () => {
-      const { status, stdout, stderr } = await run("--break", setting);
-      assert.equal(status, 0, stdout + stderr);
-      assert.match(stdout, symptom);
-      assert.match(stdout, new RegExp(`Mended by .*${step}`));
-      assertReadmeAgrees(setting, stdout);
-    });
-  }
-
-  test("--break alone lists the settings, one an indented line, name first", async () => {
-    const { status, stdout } = await run("--break");
-    assert.equal(status, 0);
-    assert.deepEqual([...stdout.matchAll(/^ +(\S+)/gm)].map(([, name]) => name), Object.keys(SYMPTOMS));
+for (const kind of ["permissive", "strict"]) {
+  test(`the demo shows all nine hops on a ${kind} tenant, and no token`, async () => {
+    const { status, stdout, stderr } = await run("--tenant", kind);
+    assert.equal(status, 0, stderr);
+    assert.match(stdout, new RegExp(`stand-in, ${kind}`));
+    for (let hop = 1; hop <= 9; hop++) assert.match(stdout, new RegExp(`^  ${hop} `, "m"));
+    assert.match(stdout, /each sees only their own tasks/);
+    assert.doesNotMatch(stdout, /eyJ/); // how a JWT begins
   });
+}
 
-  test("an unknown setting lists the known ones and exits 1", async () => {
-    for (const setting of ["nonsense", "constructor"]) {
-      const { status, stdout, stderr } = await run("--break", setting);
-      assert.equal(status, 1);
-      assert.match(stdout, /^ +connection /m);
-      assert.match(stderr, new RegExp(`Unknown setting: ${setting}`));
-    }
+for (const [setting, { symptom, step }] of Object.entries(SYMPTOMS)) {
+  test(`--break ${setting} shows its symptom and the step that mends it`, async () => {
+    const { status, stdout, stderr } = await run("--break", setting);
+    assert.equal(status, 0, stdout + stderr);
+    assert.match(stdout, symptom);
+    assert.match(stdout, new RegExp(`Mended by .*${step}`));
+    assertReadmeAgrees(setting, stdout);
   });
+}
 
-  test("a setting of the other kind of tenant exits 1 and says why", async () => {
-    const { status, stderr } = await run("--break", "oidc", "--tenant", "permissive");
+test("--break alone lists the settings, one an indented line, name first", async () => {
+  const { status, stdout } = await run("--break");
+  assert.equal(status, 0);
+  assert.deepEqual([...stdout.matchAll(/^ +(\S+)/gm)].map(([, name]) => name), Object.keys(SYMPTOMS));
+});
+
+test("an unknown setting lists the known ones and exits 1", async () => {
+  for (const setting of ["nonsense", "constructor"]) {
+    const { status, stdout, stderr } = await run("--break", setting);
     assert.equal(status, 1);
-    assert.match(stderr, /oidc is about a strict tenant/);
-  });
+    assert.match(stdout, /^ +connection /m);
+    assert.match(stderr, new RegExp(`Unknown setting: ${setting}`));
+  }
+});
 
-  test("an unknown argument or tenant exits 1", async () => {
-    assert.equal((await run("--tenant", "lenient")).status, 1);
-    assert.equal((await run("--brake", "action")).status, 1);
-  });
+test("a setting of the other kind of tenant exits 1 and says why", async () => {
+  const { status, stderr } = await run("--break", "oidc", "--tenant", "permissive");
+  assert.equal(status, 1);
+  assert.match(stderr, /oidc is about a strict tenant/);
+});
+
+test("an unknown argument or tenant exits 1 and says which are known", async () => {
+  const tenant = await run("--tenant", "lenient");
+  assert.deepEqual([tenant.status, tenant.stderr], [1, "--tenant must be permissive or strict"]);
+  const argument = await run("--brake", "action");
+  assert.equal(argument.status, 1);
+  assert.match(argument.stderr, /Unknown argument: action brake\. --help/);
+});
+
+test("--help says what the demo does and every option", async () => {
+  const { status, stdout } = await run("--help");
+  assert.equal(status, 0);
+  for (const option of ["--tenant", "--break", "--help"]) {
+    assert.match(stdout, new RegExp(`^  ${option} `, "m"));
+  }
+});
+
+test("the command line exits 0 after the demo, uncoloured away from a terminal", async () => {
+  const { status, stdout, stderr } = await runCommandLine();
+  assert.deepEqual([status, stderr], [0, ""]);
+  assert.match(stdout, /^Summary\n/m);
+  assert.ok(!stdout.includes("\x1b"));
+});
+
+test("the command line exits 1 for what it does not know", async () => {
+  const { status, stderr } = await runCommandLine("--break", "nonsense");
+  assert.equal(status, 1);
+  assert.match(stderr, /Unknown setting: nonsense/);
 });

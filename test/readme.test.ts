@@ -1,29 +1,44 @@
-/** What the README says is so: its links, names and commands exist, and its code runs as it stands there. */
+/** What the two READMEs say is so: their links, names and commands exist, and their code runs as it stands there. */
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
-import { existsSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { cp, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
-import { test } from "node:test";
+import { describe, test } from "node:test";
 import type { TestContext } from "node:test";
-import { pathToFileURL } from "node:url";
+import { fileURLToPath, pathToFileURL } from "node:url";
 import { promisify } from "node:util";
 import { runInNewContext } from "node:vm";
-import { freePort, post, RUNTIME_FLAGS, startServer } from "./support/server.ts";
+import { challenge } from "../auth.ts";
+import { environment } from "../server.ts";
+import { openTaskStore, requestedScopes, RESOURCE_NAME } from "../tools.ts";
+import type { TaskStore } from "../tools.ts";
+import { demo } from "./run/demo.ts";
+import { dev } from "./run/dev.ts";
+import { freePort, noSqlite, post, startServer } from "./support/server.ts";
+import { reset, runSetup } from "./support/setup.ts";
+import { isStrict, settingsFor } from "./support/tenant-settings.ts";
+import type { ClientKind, SettingName } from "./support/tenant-settings.ts";
 import { ALICE, configuredTenant, startTenant } from "./support/tenant.ts";
 
 const ROOT = join(import.meta.dirname, "..");
 const read = (path: string) => readFileSync(join(ROOT, path), "utf8");
 const README = read("README.md");
-const SCRIPTS = Object.keys(JSON.parse(read("package.json")).scripts);
 
-/** The code blocks of a language, or those among them that hold a text. */
+/** The code blocks of a language, or those among them that hold a text, without the indent of a list. */
 function blocks(language: string, holding = ""): string[] {
-  const all = [...README.matchAll(/^ *```(\w+)\n(.*?)^ *```$/gms)];
-  return all.filter(([, name, code]) => name === language && code?.includes(holding)).map(([, , code]) =>
-    code ?? ""
+  const all = [...README.matchAll(/^( *)```(\w+)\n(.*?)^ *```$/gms)];
+  return all.flatMap(([, indent = "", name, code = ""]) =>
+    name === language && code.includes(holding) ? [code.replaceAll(new RegExp(`^${indent}`, "gm"), "")] : []
   );
+}
+
+/** The only such block. */
+function block(language: string, holding: string): string {
+  const [found, ...others] = blocks(language, holding);
+  assert.ok(found !== undefined && others.length === 0, `Not one block of ${language} with ${holding}`);
+  return found;
 }
 
 function section(heading: string): string {
@@ -44,121 +59,98 @@ async function temporaryDirectory(t: TestContext): Promise<string> {
   return directory;
 }
 
-test("every link leads to a heading or a file that exists", () => {
-  const headings = [...README.matchAll(/^#+ (.*)$/gm)].map(([, text = ""]) =>
-    `#${text.toLowerCase().replace(/[^\w -]/g, "").replaceAll(" ", "-")}`
-  );
-  const links = [...README.matchAll(/\]\(([^)\s]+)\)/g)].map(([, target = ""]) => target);
-  assert.ok(links.length > 50);
-  for (const link of links.filter((link) => !link.startsWith("https://"))) {
-    assert.ok(link.startsWith("#") ? headings.includes(link) : existsSync(join(ROOT, link)), link);
-  }
-});
+for (const path of ["README.md", "test/README.md"]) {
+  const text = read(path);
+
+  test(`every link of ${path} leads to a heading or a file that exists`, () => {
+    const headings = [...text.matchAll(/^#+ (.*)$/gm)].map(([, heading = ""]) =>
+      `#${heading.toLowerCase().replace(/[^\w -]/g, "").replaceAll(" ", "-")}`
+    );
+    const links = [...text.matchAll(/\]\(([^)\s]+)\)/g)].map(([, target = ""]) => target);
+    assert.ok(links.length > 0);
+    for (const link of links.filter((link) => !link.startsWith("https://"))) {
+      const exists = link.startsWith("#") ? headings.includes(link) : existsSync(join(ROOT, dirname(path), link));
+      assert.ok(exists, link);
+    }
+  });
+
+  test(`every file that ${path} names exists, but for those of the reader's own`, () => {
+    const own = ["tasks.db", "client.json", "jwks.json"];
+    const places = [".", "test", "test/run", "test/support"];
+    const named = [...text.matchAll(/(?<![\w/.*-])(?:[\w-]+\/)*\w[\w.-]*\.(?:ts|js|json|db)\b/g)].map((
+      [name],
+    ) => name);
+    const isKnown = (name: string) => places.some((place) => existsSync(join(ROOT, place, name)));
+    assert.deepEqual([...new Set(named)].filter((name) => !own.includes(name) && !isKnown(name)), []);
+  });
+}
 
 test("every npm script that is named exists, and every script is named", () => {
   const named = [...README.matchAll(/\bnpm (?:run )?(start|test|(?<=run )[a-z]+)/g)].map(([, name]) => name);
-  assert.deepEqual([...new Set(named)].sort(), [...SCRIPTS].sort());
+  const scripts = Object.keys(JSON.parse(read("package.json")).scripts);
+  assert.deepEqual([...new Set(named)].sort(), scripts.sort());
 });
 
-test("every file that is named exists, but for those of the reader's own", () => {
-  const own = ["tasks.db", "client.json", "jwks.json"];
-  const named = [...README.matchAll(/\b(?:test\/)?[\w.-]+\.(?:ts|js|json|db)\b/g)].map(([name]) => name);
-  assert.deepEqual(
-    [...new Set(named)].filter((name) => !own.includes(name) && !existsSync(join(ROOT, name))),
-    [],
-  );
+test("no shell command ends in a comment, which zsh would pass on as arguments", () => {
+  for (const code of [...blocks("sh"), ...blocks("bash")]) assert.doesNotMatch(code, /(^|\s)#/);
 });
 
 test("the table of the environment names the settings that the server reads, and the example file too", () => {
-  const server = read("server.ts");
-  const [, schema = ""] = /^const environment = z\.object\(\{\n(.*?)^\}\);/ms.exec(server) ?? [];
-  const settings = [...schema.matchAll(/^ {2}([A-Z0-9_]+):/gm)].map(([, name = ""]) => name);
+  const settings = Object.keys(environment.shape);
   const capitals = firstColumn("Environment").filter((name) => /^[A-Z0-9_]+$/.test(name));
-  assert.deepEqual(capitals.sort(), settings.sort());
+  assert.deepEqual(capitals.sort(), settings.toSorted());
 
   const example = [...read(".env.example").matchAll(/^#? ?([A-Z0-9_]+)=/gm)].map(([, name = ""]) => name);
-  assert.deepEqual(example.sort(), [...settings, "AUTH0_CLIENT_ID", "AUTH0_CLIENT_SECRET"].sort());
+  const ofCommands = ["AUTH0_CLIENT_ID", "AUTH0_CLIENT_SECRET", "AUTH0_MANAGEMENT_TOKEN"];
+  assert.deepEqual(example.sort(), [...settings, ...ofCommands].sort());
+  for (const name of ofCommands) assert.ok(section("Environment").includes(`\`${name}\``), name);
 });
 
 test("the table of the tools names the tools that the server lists", async (t) => {
-  const { tools } = await listTools(t);
+  const { tools } = await startWith(t);
   assert.deepEqual(firstColumn("Tools").filter((name) => name.includes("_")).sort(), tools.sort());
 });
 
 test("the names of --break are those that the demo lists", async () => {
   const named = [...README.matchAll(/--break ([a-z-]+)/g)].map(([, name]) => name);
-  const { stdout } = await run("test/run/demo.ts", "--break");
+  const stdout = await runDemo("--break");
   const listed = [...stdout.matchAll(/^ +(\S+)/gm)].map(([, name]) => name);
   assert.deepEqual([...new Set(named)].sort(), listed.sort());
 });
 
 test("the demo's output stands in the README as the demo prints it", async () => {
-  const [quoted = ""] = blocks("text", "Alice links the server");
-  const { stdout } = await run("test/run/demo.ts");
+  const quoted = block("text", "Alice links the server");
+  const stdout = await runDemo();
   const general = (text: string) =>
     text.replace(/localhost:\d+/g, "localhost").replace(/[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}/g, "ID");
-  assert.ok(quoted.length > 300);
   for (const part of general(quoted).split(/^ *…\n/m)) assert.ok(general(stdout).includes(part), part);
 });
 
-test("Step 6 calls a tool as it is pasted", async (t) => {
-  const port = await freePort();
-  const url = `http://localhost:${port}/mcp`;
-  const tenant = await startTenant(configuredTenant("permissive", url));
+test("setup's output stands in the README as setup prints it", async (t) => {
+  const tenant = await startTenant();
   t.after(() => tenant.close());
-  const server = await startServer({ AUTH0_DOMAIN: tenant.origin, MCP_SERVER_URL: url });
-  t.after(server.close);
-
-  const directory = await temporaryDirectory(t);
-  const [machine] = tenant.settings.applications;
-  const environment = {
-    AUTH0_DOMAIN: tenant.origin,
-    MCP_SERVER_URL: url,
-    AUTH0_CLIENT_ID: machine?.clientId,
-    AUTH0_CLIENT_SECRET: machine?.clientSecret,
-  };
-  await writeFile(
-    join(directory, ".env"),
-    Object.entries(environment).map((pair) => `${pair.join("=")}\n`).join(""),
-  );
-  const [script = ""] = blocks("sh", "client_credentials");
-  // A tenant has https and a domain of its own; the stand-in has neither.
-  const pasted = script.replace("https://$AUTH0_DOMAIN", "$AUTH0_DOMAIN");
-  assert.notEqual(pasted, script);
-  const { stdout } = await promisify(execFile)("sh", ["-ec", pasted], { cwd: directory });
-  assert.equal(JSON.parse(stdout).result.structuredContent.task.title, "Written with curl");
+  reset(tenant, { kind: "strict" });
+  const { output } = await runSetup(tenant, { way: "register" }, { serverUrl: "https://tasks.example.com/mcp" });
+  assert.equal(block("text", "to do"), `${output}\n`);
 });
 
-test("the tool of Make it yours compiles, is listed and runs as it stands", async (t) => {
-  const [added = ""] = blocks("ts", "defineTool");
-  const directory = await temporaryDirectory(t);
-  for (const file of ["server.ts", "auth.ts", "tsconfig.json", "package.json"]) {
-    await cp(join(ROOT, file), join(directory, file));
-  }
-  await symlink(join(ROOT, "node_modules"), join(directory, "node_modules"));
-  const end = "\n];\n\nfunction toUtc"; // of the tools array
-  assert.ok(read("tools.ts").includes(end));
-  await writeFile(join(directory, "tools.ts"), read("tools.ts").replace(end, () => `\n${added}${end}`));
+test("the challenge of Step 0 is the server's", () => {
+  const resource = {
+    issuer: "https://tenant.example.auth0.com/",
+    url: "https://your-domain.com/mcp",
+    name: RESOURCE_NAME,
+    scopes: requestedScopes(false),
+  };
+  assert.equal(block("text", "www-authenticate").trim(), `www-authenticate: ${challenge(resource)}`);
+});
 
-  const compiler = join(
-    dirname(dirname(new URL(import.meta.resolve("typescript/package.json")).pathname)),
-    "typescript/bin/tsc",
-  );
-  await promisify(execFile)("node", [compiler, "-p", directory]);
-
-  const { createServer }: typeof import("../server.ts") = await import(
-    pathToFileURL(join(directory, "server.ts")).href
-  );
-  const { tools, call } = await listTools(t, createServer);
-  assert.ok(tools.includes("list_due_tasks"));
-  await call("create_task", { title: "Overdue", due_at: "2020-01-01T00:00:00Z" });
-  await call("create_task", { title: "Some day" });
-  const { structuredContent } = await call("list_due_tasks", {});
-  assert.deepEqual(structuredContent.tasks.map(({ title }: { title: string }) => title), ["Overdue"]);
+test("the Action of Step 4 is that of auth0-action.js", () => {
+  const [, code = ""] = read("auth0-action.js").split("*/\n");
+  assert.equal(block("js", "onExecutePostLogin"), code);
 });
 
 test("the line for the e-mail works inside the Action", async () => {
-  const [line = ""] = blocks("js", "setCustomClaim");
+  const line = block("js", "setCustomClaim");
   const claims: Record<string, unknown> = {};
   const exports: { onExecutePostLogin?: (event: unknown, api: unknown) => Promise<void> } = {};
   runInNewContext(read("auth0-action.js").replace(/\};\s*$/, () => `${line}};`), { exports });
@@ -170,23 +162,243 @@ test("the line for the e-mail works inside the Action", async () => {
   assert.deepEqual(claims, { "https://your-domain.com/email": ALICE.email });
 });
 
-/** Runs a file of the repository on the runtime and with the loader that run this one. */
-function run(file: string, ...args: string[]): Promise<{ stdout: string }> {
-  return promisify(execFile)(process.execPath, [...RUNTIME_FLAGS, join(ROOT, file), ...args]);
+test("the table of ways says what the tests walk: what each kind of client needs, and nothing else", () => {
+  const columns: ClientKind[][] = [
+    [{ tenant: "strict", way: "register" }],
+    [{ tenant: "strict", way: "cimd" }, { tenant: "permissive", way: "cimd" }],
+    [{ tenant: "permissive", way: "register" }],
+    [{ tenant: "strict", way: "fixed" }, { tenant: "permissive", way: "fixed" }],
+  ];
+  const settingsOfRow: Record<string, SettingName[]> = {
+    "API, Allow Offline Access": ["api", "offline-access"],
+    "Default Permissions": ["default-permissions"],
+    "Default Audience": ["default-audience"],
+    "Client registration": ["registration", "cimd"],
+    "Promote the connection": ["connection"],
+    "Action": ["action"],
+    "Application": ["application", "callback", "application-connection", "refresh-grant", "rotation"],
+  };
+  const rows = [...section("Which way is yours").matchAll(/^\| (\[.*)\|$/gm)].map(([, row = ""]) =>
+    row.split("|").map((cell) => cell.trim())
+  );
+  const cell = (name: string, column: number) =>
+    rows.find(([step]) => step?.includes(name))?.[column + 1] ?? assert.fail(`No row ${name}`);
+
+  assert.equal(rows.length, Object.keys(settingsOfRow).length + 1); // and the tick in ChatGPT's form
+  for (const [column, clients] of columns.entries()) {
+    for (const client of clients) {
+      const needed = Object.entries(settingsOfRow).flatMap(([row, names]) =>
+        cell(row, column) === "–" ? [] : names.filter((name) =>
+          row !== "Client registration" ||
+          cell(row, column).startsWith(name === "cimd" ? "CIMD" : "Dynamic")
+        )
+      );
+      assert.deepEqual(needed.sort(), settingsFor(client).sort(), JSON.stringify(client));
+      assert.equal(cell("OIDC enabled", column).startsWith("untick"), isStrict(client));
+    }
+  }
+});
+
+describe("Step 6, pasted into a shell", () => {
+  /** Runs the block as it stands, beside this `.env`. */
+  async function paste(t: TestContext, env: string) {
+    const directory = await temporaryDirectory(t);
+    await writeFile(join(directory, ".env"), env);
+    const script = `${block("sh", "client_credentials")}\nset > variables`;
+    const options = { cwd: directory, env: { PATH: process.env.PATH } };
+    const { stdout } = await promisify(execFile)("sh", ["-c", script], options);
+    return { stdout, variables: readFileSync(join(directory, "variables"), "utf8") };
+  }
+
+  /** What `npm run dev` prints for `.env`. */
+  async function startDev(t: TestContext): Promise<string> {
+    const ports = { PORT: String(await freePort()), TENANT_PORT: String(await freePort()) };
+    let printed = "";
+    const stop = await dev([], { ...ports, LOG_LEVEL: "silent" }, (text) => printed += text);
+    t.after(stop);
+    return [...printed.matchAll(/^ +[A-Z0-9_]+=.*$/gm)].join("\n");
+  }
+
+  test("calls a tool of what npm run dev prints", async (t) => {
+    const { stdout } = await paste(t, await startDev(t));
+    assert.equal(JSON.parse(stdout).result.structuredContent.task.title, "Written with curl");
+  });
+
+  test("says what Auth0 said when it gave no token, and calls nothing", async (t) => {
+    const { stdout } = await paste(t, `${await startDev(t)}x`);
+    assert.match(stdout, /^Auth0 gave no token: \{"error":"invalid_client".*\}\n$/);
+  });
+
+  test("takes a .env with quotes, spaces and CRLF, and leaves nothing of it in the shell", async (t) => {
+    const port = await freePort();
+    const url = `http://localhost:${port}/mcp`;
+    const tenant = await startTenant(configuredTenant("strict", url));
+    t.after(() => tenant.close());
+    const server = await startServer({ AUTH0_DOMAIN: tenant.origin, MCP_SERVER_URL: url });
+    t.after(server.close);
+    const [machine] = tenant.settings.applications;
+    assert.ok(machine);
+    machine.clientSecret = "a secret & more # than that";
+
+    const lines = [
+      "# Settings",
+      `AUTH0_DOMAIN=${tenant.origin}`,
+      `MCP_SERVER_URL = "${url}"`,
+      `AUTH0_CLIENT_ID=${machine.clientId}`,
+      `AUTH0_CLIENT_SECRET='${machine.clientSecret}'`,
+    ];
+    const { stdout, variables } = await paste(t, `${lines.join("\r\n")}\r\n`);
+    assert.equal(JSON.parse(stdout).result.structuredContent.task.title, "Written with curl");
+    assert.doesNotMatch(variables, /^(AUTH0_|MCP_|token|answer)/m);
+  });
+});
+
+describe("Make it yours", () => {
+  test("Add a tool: it compiles, asks for its new scope, and runs with it", async (t) => {
+    const added = block("ts", "defineTool");
+    const { createServer } = await changed(t, (source) => {
+      const end = source.indexOf("\n];\n", source.indexOf("\nconst tools = ["));
+      return `${source.slice(0, end)}\n${added}${source.slice(end)}`;
+    });
+    const env = { ENFORCE_SCOPES: "true" };
+    const { tools, scopes, call } = await startWith(t, { env, create: createServer });
+    assert.ok(tools.includes("delete_done_tasks"));
+    assert.ok(scopes.includes("tasks:clean"));
+
+    const refused = await call("delete_done_tasks", {}, "tasks:read tasks:write");
+    assert.match(refused._meta["mcp/www_authenticate"][0], /error="insufficient_scope".*tasks:clean/);
+
+    const granted = "tasks:read tasks:write tasks:clean";
+    const { task: { id } } = (await call("create_task", { title: "Done" }, granted)).structuredContent;
+    await call("update_task", { id, status: "done" }, granted);
+    await call("create_task", { title: "Open" }, granted);
+    assert.deepEqual((await call("delete_done_tasks", {}, granted)).structuredContent, { deleted: 1 });
+    const { tasks } = (await call("list_tasks", {}, granted)).structuredContent;
+    assert.deepEqual(tasks.map(({ title }: { title: string }) => title), ["Open"]);
+  });
+
+  test("Add a column: a file from before gets it, and the tools take it", { skip: noSqlite }, async (t) => {
+    const directory = await temporaryDirectory(t);
+    const url = `file:${join(directory, "tasks.db")}`;
+    const before = await openTaskStore(url, assert.fail);
+    await before.create(ALICE.sub, { title: "Old", notes: null, due_at: null });
+    await before.close();
+
+    const { createServer, openTaskStore: openChanged } = await changed(
+      t,
+      apply(block("diff", "ALTER TABLE")),
+    );
+    const { call } = await startWith(t, {
+      create: createServer,
+      store: await openChanged(url, assert.fail),
+    });
+    await call("create_task", { title: "New", project: "House" });
+    const listed = async () => {
+      const { tasks } = (await call("list_tasks", {})).structuredContent;
+      return tasks.map(({ title, project }: Record<string, unknown>) => [title, project]);
+    };
+    assert.deepEqual(await listed(), [["New", "House"], ["Old", null]]);
+
+    const { tasks: [newest] } = (await call("list_tasks", { limit: 1 })).structuredContent;
+    await call("update_task", { id: newest.id, project: null });
+    assert.deepEqual(await listed(), [["New", null], ["Old", null]]);
+  });
+
+  test("Another database: its scheme is a setting, and its store opens", async (t) => {
+    const store = `function mongoStore(url: string) {
+      const nothing = () => Promise.resolve(undefined);
+      const list = () => Promise.resolve([]);
+      const remove = () => Promise.resolve(false);
+      return { url, list, create: nothing, update: nothing, delete: remove, check: nothing, close: nothing };
+    }`;
+    const edit = apply(block("diff", "mongoStore"));
+    const { createServer, readSettings, openTaskStore: openChanged } = await changed(
+      t,
+      (source) => `${edit(source)}\n${store}\n`,
+    );
+    const { databaseUrl } = readSettings({
+      AUTH0_DOMAIN: "tenant.example.auth0.com",
+      MCP_SERVER_URL: "https://mcp.example.com/mcp",
+      DATABASE_URL: "mongodb://localhost/tasks",
+    });
+    const opened = await openChanged(databaseUrl, assert.fail);
+    assert.equal("url" in opened && opened.url, "mongodb://localhost/tasks");
+    const { call } = await startWith(t, { create: createServer, store: opened });
+    assert.deepEqual((await call("list_tasks", {})).structuredContent, { tasks: [] });
+  });
+});
+
+test("what goes when the tasks go is what names a task", () => {
+  const [, list = ""] = /<!-- tasks -->(.*?)<!-- \/tasks -->/s.exec(read("test/README.md")) ?? [];
+  const listed = [...list.matchAll(/`([^`]+\.ts)`/g)].map(([, name = ""]) => name);
+  const files = readdirSync(join(ROOT, "test"), { recursive: true, encoding: "utf8" })
+    .map((name) => name.replaceAll("\\", "/"))
+    .filter((name) => name.endsWith(".ts"));
+  const naming = files.filter((name) => /\b(list|create|update|delete)_tasks?\b|\bTask\b/.test(read(`test/${name}`)));
+  assert.deepEqual(listed.sort(), naming.sort());
+});
+
+/** Applies the changes of a `diff` block, which are parted by empty lines, wherever their lines stand. */
+function apply(diff: string): (source: string) => string {
+  const hunks = diff.trimEnd().split("\n\n").map((hunk) => {
+    const lines = hunk.split("\n");
+    const without = (sign: string) =>
+      lines.filter((line) => !line.startsWith(sign)).map((line) => line.slice(1)).join("\n");
+    return { before: without("+"), after: without("-") };
+  });
+  return (source) =>
+    hunks.reduce((text, { before, after }) => {
+      assert.ok(text.includes(before), `tools.ts does not hold\n${before}`);
+      return text.replaceAll(before, () => after);
+    }, source);
 }
 
-/** The tools of a server that is started for it, and a way to call them. */
-async function listTools(t: TestContext, createServer?: typeof import("../server.ts").createServer) {
+/** The template with a changed tools.ts, which has to compile. */
+async function changed(t: TestContext, edit: (source: string) => string) {
+  const directory = await temporaryDirectory(t);
+  for (const file of ["server.ts", "auth.ts", "tsconfig.json", "package.json"]) {
+    await cp(join(ROOT, file), join(directory, file));
+  }
+  await symlink(join(ROOT, "node_modules"), join(directory, "node_modules"));
+  await writeFile(join(directory, "tools.ts"), edit(read("tools.ts")));
+
+  const compiler = join(fileURLToPath(import.meta.resolve("typescript/package.json")), "../bin/tsc");
+  await promisify(execFile)("node", [compiler, "-p", directory]).catch(({ stdout }) => assert.fail(stdout));
+
+  const load = (file: string) => import(pathToFileURL(join(directory, file)).href);
+  const { createServer, readSettings }: typeof import("../server.ts") = await load("server.ts");
+  const { openTaskStore }: typeof import("../tools.ts") = await load("tools.ts");
+  return { createServer, readSettings, openTaskStore };
+}
+
+async function runDemo(...args: string[]): Promise<string> {
+  const printed: string[] = [];
+  await demo(args, (text) => printed.push(`${text}\n`));
+  return printed.join("");
+}
+
+interface Variation {
+  env?: Record<string, string>;
+  store?: TaskStore;
+  create?: typeof import("../server.ts").createServer;
+}
+
+/** Starts a server: what it lists, what it asks clients to ask for, and a way to call its tools. */
+async function startWith(t: TestContext, { env, store, create }: Variation = {}) {
   const tenant = await startTenant();
   t.after(() => tenant.close());
-  const server = await startServer({ AUTH0_DOMAIN: tenant.origin }, undefined, createServer);
+  const server = await startServer({ AUTH0_DOMAIN: tenant.origin, ...env }, store, create);
   t.after(server.close);
-  const token = await tenant.sign({ aud: server.url });
-  const send = async (method: string, params: unknown) =>
-    (await (await post(server.url, token, method, params)).json()).result;
+  const send = async (method: string, params: unknown, scope = "openid") => {
+    const token = await tenant.sign({ aud: server.url, scope });
+    return (await (await post(server.url, token, method, params)).json()).result;
+  };
   const { tools } = await send("tools/list", {});
+  const metadata = await fetch(new URL("/.well-known/oauth-protected-resource", server.url));
   return {
     tools: tools.map(({ name }: { name: string }): string => name),
-    call: (name: string, input: Record<string, unknown>) => send("tools/call", { name, arguments: input }),
+    scopes: (await metadata.json()).scopes_supported,
+    call: (name: string, input: Record<string, unknown>, scope?: string) =>
+      send("tools/call", { name, arguments: input }, scope),
   };
 }

@@ -38,9 +38,11 @@ async function startBalancer(t: TestContext, ports: number[]): Promise<number> {
   return (balancer.address() as net.AddressInfo).port;
 }
 
-const OWNERS = 4;
-const TASKS_EACH = 60;
-const CLIENTS = 16;
+const healthOf = async (port: number) => (await fetch(`http://localhost:${port}/health`)).status;
+
+const OWNERS = 3;
+const TASKS_EACH = 40;
+const CLIENTS = 12;
 
 test("a server killed and a database crashed in the middle of a burst lose no task and double none", {
   skip: noPostgres,
@@ -86,6 +88,12 @@ test("a server killed and a database crashed in the middle of a burst lose no ta
   let failures = 0;
   let outage = Promise.resolve();
 
+  async function crash() {
+    await postgres.kill();
+    assert.deepEqual(await Promise.all(ports.slice(1).map(healthOf)), [503, 503]);
+    await postgres.start();
+  }
+
   async function work() {
     for (let next = wanted.shift(); next !== undefined; next = wanted.shift()) {
       const { token, title } = next;
@@ -98,13 +106,14 @@ test("a server killed and a database crashed in the middle of a burst lose no ta
       }
       acknowledged.push({ token, task: created.task });
       if (acknowledged.length === asked >> 2) servers[0]?.kill("SIGKILL");
-      if (acknowledged.length === asked >> 1) outage = postgres.kill().then(postgres.start);
+      if (acknowledged.length === asked >> 1) outage = crash();
     }
   }
   await Promise.all(Array.from({ length: CLIENTS }, work));
   await outage;
   assert.equal(await servers[0]?.exited, "SIGKILL");
   assert.ok(failures > 0, "nothing failed: the faults came too late");
+  assert.deepEqual(await Promise.all(ports.slice(1).map(healthOf)), [200, 200]);
 
   for (const token of tokens) {
     const own = acknowledged.filter((one) => one.token === token).map(({ task }) => task);

@@ -2,18 +2,11 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { test, type TestContext } from "node:test";
-import { createRemoteJWKSet, decodeJwt, decodeProtectedHeader, jwtVerify } from "jose";
-import { publishClientMetadata } from "./support/chatgpt.ts";
-import {
-  ALICE,
-  configuredTenant,
-  OIDC_SCOPES,
-  signIn,
-  startTenant,
-  type Tenant,
-  type TenantKind,
-  type TenantSettings,
-} from "./support/tenant.ts";
+import { createRemoteJWKSet, decodeJwt, decodeProtectedHeader, importJWK, jwtVerify, SignJWT } from "jose";
+import type { JWK } from "jose";
+import { type ClientDocuments, publishClientMetadata } from "./support/chatgpt.ts";
+import { ALICE, configuredTenant, FIXED_CLIENT, OIDC_SCOPES, signIn, startTenant } from "./support/tenant.ts";
+import type { Tenant, TenantKind, TenantSettings, Way } from "./support/tenant.ts";
 
 const API = "http://localhost:1/mcp";
 const CALLBACK = "https://chatgpt.com/connector/oauth/test";
@@ -29,10 +22,33 @@ async function start(
   t: TestContext,
   kind: TenantKind,
   changes: Partial<TenantSettings> = {},
+  way: Way = "register",
 ): Promise<Tenant> {
-  const tenant = await startTenant({ ...configuredTenant(kind, API), ...changes });
+  const tenant = await startTenant({ ...configuredTenant(kind, API, way), ...changes });
   t.after(() => tenant.close());
   return tenant;
+}
+
+async function publishDocuments(t: TestContext): Promise<ClientDocuments> {
+  const documents = await publishClientMetadata();
+  t.after(documents.close);
+  return documents;
+}
+
+/** How a client proves by its own key who it is (RFC 7523 §2.2). A claim that is `undefined` is left out. */
+async function assertion(
+  tenant: Tenant,
+  clientId: string,
+  privateKey: JWK,
+  claims: Record<string, unknown> = {},
+): Promise<Record<string, string>> {
+  const exp = Math.floor(Date.now() / 1000) + 60;
+  const payload = { iss: clientId, sub: clientId, aud: tenant.issuer, exp, jti: "once", ...claims };
+  return {
+    client_assertion_type: "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+    client_assertion: await new SignJWT(payload).setProtectedHeader({ alg: "RS256" })
+      .sign(await importJWK(privateKey, "RS256")),
+  };
 }
 
 async function request(url: string, body?: URLSearchParams | object): Promise<Reply> {
@@ -318,29 +334,154 @@ test("a machine-to-machine application gets a token of its own, with its secret 
 });
 
 test("a client metadata document works once its URL is imported, and is strict on any tenant", async (t) => {
-  const tenant = await start(t, "permissive", { clientIdMetadataDocumentRegistration: true });
-  const document = await publishClientMetadata();
-  t.after(document.close);
+  const tenant = await start(t, "permissive", {}, "cimd");
+  const { url: documentUrl, privateKey } = await publishDocuments(t);
   const { body } = await request(`${tenant.issuer}.well-known/openid-configuration`);
   assert.equal(body.client_id_metadata_document_supported, true);
-  const { redirect_uris: [redirect_uri = ""] } = await (await fetch(document.url)).json() as {
-    redirect_uris: string[];
+  for (const clientId of [documentUrl(), documentUrl("one")]) {
+    const { redirect_uris: [redirect_uri = ""] } = await (await fetch(clientId)).json() as {
+      redirect_uris: string[];
+    };
+    const url = authorizeUrl(tenant, clientId, { redirect_uri });
+    await assert.rejects(signIn(url, ALICE), {
+      message: `Oops!, something went wrong invalid_request: Unknown client: ${clientId}`,
+    });
+    await tenant.importFromUrl(clientId);
+    const code = (await signIn(url, ALICE)).searchParams.get("code") ?? "";
+    const { body: tokens } = await exchange(tenant, {
+      grant_type: "authorization_code",
+      ...await assertion(tenant, clientId, privateKey),
+      code,
+      redirect_uri,
+      code_verifier: VERIFIER,
+    });
+    assert.equal(tokens.scope, "offline_access");
+    assert.match(String(decodeJwt(tokens.access_token ?? "").azp), /^tpc_/);
+  }
+});
+
+test("a client whose document says private_key_jwt is believed with its own assertion only", async (t) => {
+  const tenant = await start(t, "strict", {}, "cimd");
+  const { url: documentUrl, privateKey } = await publishDocuments(t);
+  const clientId = documentUrl();
+  await tenant.importFromUrl(clientId);
+  const { privateKey: otherKey } = await publishDocuments(t);
+  const good = await assertion(tenant, clientId, privateKey);
+  const assertions: Record<string, string>[] = [
+    { client_id: clientId },
+    { client_id: clientId, client_secret: "guess" },
+    { ...good, client_assertion: "no.jwt.atall" },
+    { ...good, client_assertion_type: "something-else" },
+    await assertion(tenant, clientId, otherKey),
+    await assertion(tenant, documentUrl("one"), privateKey),
+    { client_id: clientId, ...await assertion(tenant, documentUrl("one"), privateKey) },
+    await assertion(tenant, clientId, privateKey, { iss: documentUrl("one") }),
+    await assertion(tenant, clientId, privateKey, { aud: "https://other.example/" }),
+    await assertion(tenant, clientId, privateKey, { exp: 1 }),
+    await assertion(tenant, clientId, privateKey, { jti: undefined }),
+  ];
+  for (const wrong of assertions) {
+    const { status, body } = await exchange(tenant, { grant_type: "refresh_token", ...wrong });
+    assert.deepEqual([status, body.error], [401, "invalid_client"], JSON.stringify(wrong));
+  }
+  const { body } = await exchange(tenant, { grant_type: "refresh_token", ...good });
+  assert.equal(body.error, "invalid_grant"); // the client is believed, the missing refresh token is not
+});
+
+test("iss comes with every answer to the callback while it is included, and the metadata says so", async (t) => {
+  const tenant = await start(t, "permissive", {}, "fixed");
+  const redirect_uri = "https://chatgpt.com/connector_platform_oauth_redirect";
+  const answers = async () => {
+    tenant.settings.defaultAudience = API;
+    const url = authorizeUrl(tenant, FIXED_CLIENT.client_id, { redirect_uri });
+    const accepted = await signIn(url, ALICE);
+    const declined = await signIn(url, ALICE, "decline");
+    tenant.settings.defaultAudience = "https://other.example";
+    const failed = await signIn(url, ALICE); // a first-party application is told what has failed
+    const outcomes = [accepted, declined, failed].map(({ searchParams }) =>
+      searchParams.get("error_description") ?? typeof searchParams.get("code")
+    );
+    assert.deepEqual(outcomes, [
+      "string",
+      "User did not authorize the request",
+      "Service not found: https://other.example",
+    ]);
+    return [accepted, declined, failed].map(({ searchParams }) => searchParams.get("iss"));
   };
-  const url = authorizeUrl(tenant, document.url, { redirect_uri });
-  await assert.rejects(signIn(url, ALICE), {
-    message: `Oops!, something went wrong invalid_request: Unknown client: ${document.url}`,
-  });
-  await tenant.importFromUrl(document.url);
-  const code = (await signIn(url, ALICE)).searchParams.get("code") ?? "";
-  const { body: tokens } = await exchange(tenant, {
+  const advertised = async () =>
+    (await request(`${tenant.issuer}.well-known/oauth-authorization-server`)).body
+      .authorization_response_iss_parameter_supported;
+  assert.deepEqual([await advertised(), ...await answers()], [undefined, null, null, null]);
+  tenant.settings.includeIssuerInAuthorizationResponses = true;
+  const { issuer } = tenant;
+  assert.deepEqual([await advertised(), ...await answers()], [true, issuer, issuer, issuer]);
+});
+
+test("within the overlap period a refresh token may be used again, after it its reuse ends them all", async (t) => {
+  const tenant = await start(t, "strict");
+  const { clientId, tokens: { refresh_token: first } } = await link(tenant);
+  const application = tenant.settings.applications.find((one) => one.clientId === clientId);
+  assert.ok(application);
+  application.rotationOverlap = 30;
+  const replies = await Promise.all([refresh(tenant, clientId, first), refresh(tenant, clientId, first)]);
+  assert.deepEqual(replies.map(({ status }) => status), [200, 200]);
+  t.mock.timers.enable({ apis: ["Date"], now: Date.now() + 31_000 });
+  assert.equal((await refresh(tenant, clientId, first)).body.error, "invalid_grant");
+  for (const { body } of replies) {
+    assert.equal((await refresh(tenant, clientId, body.refresh_token)).body.error, "invalid_grant");
+  }
+});
+
+test("an application made by hand signs in at its own connections and callbacks, with its secret", async (t) => {
+  const tenant = await start(t, "strict", {}, "fixed");
+  const redirect_uri = "https://chatgpt.com/connector/oauth/fixed";
+  const signInAs = (parameters: Record<string, string>) =>
+    signIn(authorizeUrl(tenant, FIXED_CLIENT.client_id, { redirect_uri, ...parameters }), ALICE);
+  const code = (await signInAs({})).searchParams.get("code") ?? "";
+  const exchanged = {
     grant_type: "authorization_code",
-    client_id: document.url,
+    ...FIXED_CLIENT,
     code,
     redirect_uri,
     code_verifier: VERIFIER,
-  });
-  assert.equal(tokens.scope, "offline_access");
-  assert.match(String(decodeJwt(tokens.access_token ?? "").azp), /^tpc_/);
+  };
+  assert.equal(
+    (await exchange(tenant, { ...exchanged, client_secret: "guess" })).body.error,
+    "invalid_client",
+  );
+  assert.ok((await exchange(tenant, exchanged)).body.id_token);
+  await assert.rejects(signInAs({ redirect_uri: `${redirect_uri}/other` }), /Callback URL mismatch: https/);
+  for (const application of tenant.settings.applications) application.connections = ["google-oauth2"];
+  const refused = (await signInAs({})).searchParams.get("error_description");
+  assert.equal(refused, "no connections enabled for the client");
+});
+
+test("a browser's script may read metadata and keys, register and ask for tokens, but not the sign-in page", async (t) => {
+  const tenant = await start(t, "permissive");
+  const allowed = async (path: string, init: RequestInit = {}) => {
+    const { headers } = await fetch(`${tenant.origin}${path}`, init);
+    return headers.get("access-control-allow-origin");
+  };
+  const preflight = (path: string) =>
+    fetch(`${tenant.origin}${path}`, {
+      method: "OPTIONS",
+      headers: {
+        origin: "http://localhost:6274",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+      },
+    });
+  for (const path of ["/.well-known/openid-configuration", "/.well-known/jwks.json"]) {
+    assert.equal(await allowed(path), "*");
+  }
+  for (const path of ["/oidc/register", "/oauth/token"]) {
+    const { status, headers } = await preflight(path);
+    assert.equal(status, 204);
+    assert.equal(headers.get("access-control-allow-origin"), "*");
+    assert.equal(headers.get("access-control-allow-headers"), "authorization,content-type");
+    assert.equal(await allowed(path, { method: "POST", body: new URLSearchParams() }), "*"); // errors, too
+  }
+  assert.equal(await allowed("/authorize"), null);
 });
 
 test("rotated keys stay in the set until they are withdrawn", async (t) => {

@@ -2,26 +2,41 @@
 import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
 import { after, before, test } from "node:test";
-import type { TestContext } from "node:test";
-import { Client } from "@modelcontextprotocol/sdk/client/index.js";
-import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
-import type { Transport } from "@modelcontextprotocol/sdk/shared/transport.js";
 import { CallToolResultSchema } from "@modelcontextprotocol/sdk/types.js";
-import type { CallToolResult } from "@modelcontextprotocol/sdk/types.js";
-import type { Task } from "../tools.ts";
-import { startServer } from "./support/server.ts";
+import type { CallToolResult, Tool } from "@modelcontextprotocol/sdk/types.js";
+import type { JsonSchemaType } from "@modelcontextprotocol/sdk/validation";
+import { AjvJsonSchemaValidator } from "@modelcontextprotocol/sdk/validation/ajv";
+import type { Task, TaskStore } from "../tools.ts";
+import { logOf, post, startServer } from "./support/server.ts";
 import type { RunningServer } from "./support/server.ts";
 import { startTenant } from "./support/tenant.ts";
 import type { Tenant } from "./support/tenant.ts";
 
+/** As the JSON has it: the SDK's client drops top-level properties that it does not know. */
+interface ListedTool extends Omit<Tool, "outputSchema"> {
+  outputSchema: JsonSchemaType;
+  securitySchemes: { type: string; scopes: string[] }[];
+  _meta: Record<string, unknown>;
+}
+type Input = Record<string, unknown>;
+
 let tenant: Tenant;
 let server: RunningServer;
 let enforcing: RunningServer;
+let tools: ListedTool[];
+/** By the name of a tool: throws when structured content does not fit the output schema that is listed. */
+const checks = new Map<string, (content: unknown) => void>();
 
 before(async () => {
   tenant = await startTenant();
   server = await startServer({ AUTH0_DOMAIN: tenant.origin });
   enforcing = await startServer({ AUTH0_DOMAIN: tenant.origin, ENFORCE_SCOPES: "true" });
+  tools = await (await newUser()).listTools();
+  const ajv = new AjvJsonSchemaValidator();
+  for (const { name, outputSchema } of tools) {
+    const validate = ajv.getValidator(outputSchema);
+    checks.set(name, (content) => assert.equal(validate(content).errorMessage, undefined, name));
+  }
 });
 
 after(async () => {
@@ -30,44 +45,47 @@ after(async () => {
   await tenant.close();
 });
 
-/** A client of the SDK, which validates results against the output schemas, signed in as a user of its own. */
-async function connect(t: TestContext, claims: Record<string, unknown> = {}, { url } = server) {
+/** What somebody new can do who is signed in with these claims. */
+async function newUser(claims: Record<string, unknown> = {}, { url }: RunningServer = server) {
   const token = await tenant.sign({ aud: url, sub: `auth0|${randomUUID()}`, ...claims });
-  const client = new Client({ name: "test", version: "1.0.0" });
-  const headers = { authorization: `Bearer ${token}` };
-  await client.connect(
-    new StreamableHTTPClientTransport(new URL(url), { requestInit: { headers } }) as Transport,
-  );
-  t.after(() => client.close());
-  const { tools } = await client.listTools();
 
-  const call = async (name: string, input: Record<string, unknown> = {}): Promise<CallToolResult> =>
-    CallToolResultSchema.parse(await client.callTool({ name, arguments: input }));
-  /** The structured content of a call that succeeds, after a short text. */
-  async function get<Content>(name: string, input?: Record<string, unknown>): Promise<Content> {
-    const { isError, content: [text], structuredContent } = await call(name, input);
+  async function send<Result>(method: string, params?: unknown): Promise<Result> {
+    const { result, error } = await (await post(url, token, method, params)).json();
+    assert.equal(error, undefined, JSON.stringify(error));
+    return result;
+  }
+  const listTools = async () => (await send<{ tools: ListedTool[] }>("tools/list")).tools;
+  const call = async (name: string, input?: unknown): Promise<CallToolResult> =>
+    CallToolResultSchema.parse(await send("tools/call", { name, arguments: input }));
+  /** The structured content of a call that succeeds, after a look at both forms of the result. */
+  async function get<Content>(name: string, input?: unknown): Promise<Content> {
+    const { isError, content: [text, ...more], structuredContent } = await call(name, input);
     assert.ok(!isError && text?.type === "text", JSON.stringify(text));
-    assert.ok(text.text.length > 0 && text.text.length < 300);
+    assert.deepEqual([JSON.parse(text.text), ...more], [structuredContent]);
+    checks.get(name)?.(structuredContent);
     return structuredContent as Content;
   }
-  const create = async (input: Record<string, unknown>) =>
-    (await get<{ task: Task }>("create_task", input)).task;
-  const update = async (input: Record<string, unknown>) =>
-    (await get<{ task: Task }>("update_task", input)).task;
-  const list = (input?: Record<string, unknown>) =>
-    get<{ tasks: Task[]; next_cursor?: string }>("list_tasks", input);
   /** The text of a call that fails. */
-  async function fail(name: string, input?: Record<string, unknown>): Promise<string> {
+  async function fail(name: string, input?: unknown): Promise<string> {
     const { isError, content: [text], structuredContent } = await call(name, input);
     assert.equal(isError, true, `${name} ${JSON.stringify(input)}`);
     assert.equal(structuredContent, undefined);
     return text?.type === "text" ? text.text : assert.fail("no text");
   }
-  return { client, tools, call, get, create, update, list, fail };
+  const create = async (input: Input) => (await get<{ task: Task }>("create_task", input)).task;
+  const update = async (input: Input) => (await get<{ task: Task }>("update_task", input)).task;
+  const list = (input?: unknown) => get<{ tasks: Task[]; next_cursor?: string }>("list_tasks", input);
+  return { send, listTools, call, get, fail, create, update, list };
 }
 
-test("five tools are listed, each with all that a model and a client want to know", async (t) => {
-  const { tools } = await connect(t);
+/** The value and all that lies in it, as far as it is an object. */
+function* objectsIn(value: unknown): Generator<Record<string, unknown>> {
+  if (typeof value !== "object" || value === null) return;
+  yield { ...value };
+  for (const inner of Object.values(value)) yield* objectsIn(inner);
+}
+
+test("five tools are listed, each with all that a model and a client want to know", () => {
   assert.deepEqual(tools.map(({ name }) => name), [
     "get_profile",
     "list_tasks",
@@ -75,56 +93,88 @@ test("five tools are listed, each with all that a model and a client want to kno
     "update_task",
     "delete_task",
   ]);
-  for (const { name, title, description, inputSchema, outputSchema, annotations, _meta } of tools) {
-    assert.ok(title && description && description.startsWith("Use this"), name);
-    assert.equal(inputSchema.type, "object");
-    assert.equal(outputSchema?.type, "object");
+  for (const { name, title, description, annotations, _meta } of tools) {
+    assert.ok(title && description?.startsWith("Use this"), name);
     const hints = ["readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"];
     assert.deepEqual(Object.keys(annotations ?? {}).sort(), hints.sort(), name);
-    assert.deepEqual(_meta?.securitySchemes, [
-      { type: "oauth2", scopes: ["openid", "profile", "email", "offline_access"] },
-    ]);
-    assert.ok(_meta["openai/toolInvocation/invoking"] && _meta["openai/toolInvocation/invoked"], name);
+    for (const when of ["invoking", "invoked"]) {
+      const shown = String(_meta[`openai/toolInvocation/${when}`] ?? "");
+      assert.ok(shown.length > 0 && shown.length <= 64, `${name}, ${when}: ${shown}`);
+    }
   }
   const readers = tools.filter(({ annotations }) => annotations?.readOnlyHint).map(({ name }) => name);
   assert.deepEqual(readers, ["get_profile", "list_tasks"]);
 });
 
-test("the profile tool is marked for ChatGPT, takes nothing and says only who the user is", async (t) => {
-  const { tools, get } = await connect(t, {
-    sub: "auth0|alice",
-    name: "Alice",
-    email: "a@example.com",
-    picture: "x",
+test("each tool says how to sign in at the top level, where OpenAI documents it, and in _meta", () => {
+  for (const { name, securitySchemes, _meta } of tools) {
+    const scopes = ["openid", "profile", "email", "offline_access"];
+    assert.deepEqual(securitySchemes, [{ type: "oauth2", scopes }], name);
+    assert.deepEqual(_meta.securitySchemes, securitySchemes, name);
+  }
+});
+
+test("the listed schemas hold nothing that hosts choke on", () => {
+  const formats = new Set<unknown>();
+  for (const { name, inputSchema, outputSchema } of tools) {
+    for (const schema of [...objectsIn(inputSchema), ...objectsIn(outputSchema)]) {
+      assert.ok(!("$schema" in schema) && !("pattern" in schema), `${name} ${JSON.stringify(schema)}`);
+      if (schema.type === "object") assert.equal(schema.additionalProperties, false, name);
+      if ("format" in schema) formats.add(schema.format);
+    }
+    assert.equal(inputSchema.type, "object");
+    assert.equal(outputSchema.type, "object");
+  }
+  assert.deepEqual([...formats], ["date-time"]);
+});
+
+test("a stateless server does not say that it will report changes of the list", async () => {
+  const { send } = await newUser();
+  const { capabilities } = await send<{ capabilities: unknown }>("initialize", {
+    protocolVersion: "2025-11-25",
+    capabilities: {},
+    clientInfo: { name: "test", version: "1.0.0" },
   });
-  const profile = tools.find(({ _meta }) => _meta?.["openai/profile"] === true);
-  assert.equal(profile?.name, "get_profile");
-  assert.deepEqual(profile.inputSchema.properties, {});
+  assert.deepEqual(capabilities, { tools: {} });
+});
+
+test("the profile tool is marked for ChatGPT, takes nothing and has the schema that OpenAI publishes", () => {
+  const [profile, ...more] = tools.filter(({ _meta }) => _meta["openai/profile"] === true);
+  assert.deepEqual([profile?.name, more], ["get_profile", []]);
+  assert.deepEqual(profile?.inputSchema, { type: "object", properties: {}, additionalProperties: false });
+  assert.deepEqual(profile?.outputSchema, {
+    type: "object",
+    properties: {
+      id: { type: "string", minLength: 1 },
+      name: { type: "string" },
+      email: { type: "string" },
+      nickname: { type: "string" },
+    },
+    required: ["id"],
+    additionalProperties: false,
+  });
+});
+
+test("a profile says who the user is and nothing else", async () => {
+  const claims = { sub: "auth0|alice", name: "Alice", email: "a@example.com", email_verified: true, picture: "x" };
+  const { get } = await newUser(claims);
   assert.deepEqual(await get("get_profile"), { id: "auth0|alice", name: "Alice", email: "a@example.com" });
 });
 
-test("the profile takes what an Action has put under a namespace", async (t) => {
-  const claims = {
-    sub: "auth0|alice",
-    "https://example.com/email": "a@example.com",
-    "https://example.com/nickname": "al",
-  };
-  const { get } = await connect(t, claims);
+test("a profile takes what an Action has put under a namespace", async () => {
+  const namespaced = { "https://example.com/email": "a@example.com", "https://example.com/nickname": "al" };
+  const { get } = await newUser({ sub: "auth0|alice", ...namespaced });
   assert.deepEqual(await get("get_profile"), { id: "auth0|alice", email: "a@example.com", nickname: "al" });
 });
 
-test("a token with nothing but a subject is enough for a profile", async (t) => {
-  const { get } = await connect(t, { sub: "machine@clients", scope: undefined });
+test("a token with nothing but a subject is enough for a profile", async () => {
+  const { get } = await newUser({ sub: "machine@clients", scope: undefined });
   assert.deepEqual(await get("get_profile"), { id: "machine@clients" });
 });
 
-test("a created task is listed as it was given", async (t) => {
-  const { create, list } = await connect(t);
-  const created = await create({
-    title: " Buy milk ",
-    notes: "Two litres",
-    due_at: "2026-12-01T09:00:00+01:00",
-  });
+test("a created task is listed as it was given", async () => {
+  const { create, list } = await newUser();
+  const created = await create({ title: " Buy milk ", notes: "Two litres", due_at: "2026-12-01T09:00:00+01:00" });
   const { id, created_at, updated_at, ...rest } = created;
   assert.deepEqual(rest, {
     title: "Buy milk",
@@ -138,14 +188,14 @@ test("a created task is listed as it was given", async (t) => {
   assert.deepEqual(await list(), { tasks: [created] });
 });
 
-test("what is not set is null", async (t) => {
-  const { create } = await connect(t);
+test("what is not set is null", async () => {
+  const { create } = await newUser();
   const { notes, due_at } = await create({ title: "Bare" });
   assert.deepEqual({ notes, due_at }, { notes: null, due_at: null });
 });
 
-test("the list is newest first, in pages, and can be filtered by status", async (t) => {
-  const { create, update, list } = await connect(t);
+test("the list is newest first, in pages, and can be filtered by status", async () => {
+  const { create, update, list } = await newUser();
   const ids: string[] = [];
   for (let n = 1; n <= 5; n++) ids.unshift((await create({ title: `Task ${n}` })).id);
 
@@ -160,8 +210,18 @@ test("the list is newest first, in pages, and can be filtered by status", async 
   assert.equal((await list({ status: "todo", limit: 4 })).next_cursor, undefined);
 });
 
-test("an update changes what it names and clears what it sets to null", async (t) => {
-  const { create, update, list } = await connect(t);
+test("a page holds 20 tasks unless asked otherwise, and with the longest notes under 100,000 characters", async () => {
+  const { create, call, list } = await newUser();
+  for (let n = 1; n <= 21; n++) await create({ title: "x".repeat(200), notes: "x".repeat(4_000) });
+  const { tasks, next_cursor } = await list();
+  assert.equal(tasks.length, 20);
+  assert.equal((await list({ cursor: next_cursor })).tasks.length, 1);
+  const { content: [text] } = await call("list_tasks");
+  assert.ok(text?.type === "text" && text.text.length < 100_000, "too long");
+});
+
+test("an update changes what it names and clears notes and due_at that it sets to null", async () => {
+  const { create, update, list } = await newUser();
   const task = await create({ title: "Old", notes: "Keep", due_at: "2027-01-01T00:00:00Z" });
   const renamed = await update({ id: task.id, title: "New", status: "in_progress" });
   assert.deepEqual(renamed, { ...task, title: "New", status: "in_progress", updated_at: renamed.updated_at });
@@ -170,16 +230,42 @@ test("an update changes what it names and clears what it sets to null", async (t
   assert.deepEqual((await list()).tasks, [cleared]);
 });
 
-test("a deleted task is gone", async (t) => {
-  const { create, get, list, fail } = await connect(t);
+test("null for an optional input counts as left out", async () => {
+  const { create, update, list, get, fail } = await newUser();
+  const unset = { notes: null, due_at: null, idempotency_key: null };
+  const tasks = [await create({ title: "First", ...unset }), await create({ title: "Second", ...unset })].reverse();
+  assert.deepEqual(await list(null), { tasks });
+  assert.deepEqual(await list({ status: null, limit: null, cursor: null }), { tasks });
+  await get("get_profile", null);
+
+  const { updated_at: _, ...task } = await create({ title: "Third", notes: "Keep" });
+  const { updated_at: __, ...same } = await update({ id: task.id, title: null, status: null });
+  assert.deepEqual(same, task);
+  assert.match(await fail("create_task", { title: null }), /^title: /);
+  assert.match(await fail("create_task", null), /^title: /);
+});
+
+test("what a tool does not know is ignored: some hosts send fields of their own", async () => {
+  const { create, list } = await newUser();
+  const task = await create({ title: "Here", sessionId: "host's own", owner: "auth0|another", id: "mine" });
+  for (const name of ["sessionId", "constructor", "toString", "__proto__"]) {
+    // Parsed, since in a literal __proto__ would set the prototype.
+    for (const value of ['"x"', "null"]) {
+      assert.deepEqual((await list(JSON.parse(`{ "${name}": ${value} }`))).tasks, [task], `${name}: ${value}`);
+    }
+  }
+});
+
+test("a deleted task is gone", async () => {
+  const { create, get, list, fail } = await newUser();
   const { id } = await create({ title: "Short-lived" });
   assert.deepEqual(await get("delete_task", { id }), { deleted: id });
   assert.deepEqual(await list(), { tasks: [] });
-  assert.match(await fail("delete_task", { id }), new RegExp(`no task has the id ${id}`));
+  assert.match(await fail("delete_task", { id }), new RegExp(`^id: no task has the id ${id}.*list_tasks`));
 });
 
-test("the same idempotency key gives the same task back, until it is deleted", async (t) => {
-  const { create, get, list } = await connect(t);
+test("the same idempotency key gives the same task back, until it is deleted", async () => {
+  const { create, get, list } = await newUser();
   const first = await create({ title: "Once", idempotency_key: "k" });
   assert.deepEqual(await create({ title: "Again", notes: "Other", idempotency_key: "k" }), first);
   assert.equal((await list()).tasks.length, 1);
@@ -187,120 +273,164 @@ test("the same idempotency key gives the same task back, until it is deleted", a
   assert.notEqual((await create({ title: "Anew", idempotency_key: "k" })).id, first.id);
 });
 
-test("two users see only their own tasks, and share no idempotency keys", async (t) => {
-  const [alice, bob] = [await connect(t), await connect(t)];
+test("two users see only their own tasks, and share neither idempotency keys nor pages", async () => {
+  const [alice, bob] = [await newUser(), await newUser()];
   const task = await alice.create({ title: "Alice's", idempotency_key: "k" });
   const other = await bob.create({ title: "Bob's", idempotency_key: "k" });
+  const newer = await bob.create({ title: "Bob's, too" });
   assert.deepEqual((await alice.list()).tasks, [task]);
-  assert.deepEqual((await bob.list()).tasks, [other]);
+  assert.deepEqual((await bob.list()).tasks, [newer, other]);
+  const { next_cursor } = await bob.list({ limit: 1 });
+  assert.deepEqual((await alice.list({ cursor: next_cursor })).tasks, [task]);
 });
 
-test("another user's task answers exactly as an unknown one does", async (t) => {
-  const [alice, bob] = [await connect(t), await connect(t)];
+test("another user's task answers exactly as an unknown one does", async () => {
+  const [alice, bob] = [await newUser(), await newUser()];
   const { id } = await alice.create({ title: "Alice's" });
   const unknown = randomUUID();
-  for (const tool of ["update_task", "delete_task"]) {
-    const [theirs, nobodys] = [
-      await bob.fail(tool, { id, title: "Mine" }),
-      await bob.fail(tool, { id: unknown }),
-    ];
-    assert.equal(theirs.replace(id, ""), nobodys.replace(unknown, ""));
+  for (const [tool, input] of [["update_task", { title: "Mine" }], ["delete_task", {}]] as const) {
+    const theirs = await bob.call(tool, { ...input, id });
+    const nobodys = await bob.call(tool, { ...input, id: unknown });
+    assert.equal(theirs.isError, true);
+    assert.deepEqual(JSON.parse(JSON.stringify(theirs).replaceAll(id, unknown)), nobodys);
   }
-  assert.equal((await alice.list()).tasks.length, 1);
+  assert.equal((await alice.list()).tasks[0]?.title, "Alice's");
 });
 
-test("bad input is a tool error that names the field", async (t) => {
-  const { create, fail } = await connect(t);
+test("bad input is a tool error that names the field and shows input that works", async () => {
+  const { create, call, fail } = await newUser();
   const { id } = await create({ title: "Here" });
-  const cases: [tool: string, input: Record<string, unknown>, field: string][] = [
+  const cases: [tool: string, input: Input, field: string][] = [
     ["create_task", {}, "title"],
     ["create_task", { title: "" }, "title"],
     ["create_task", { title: "   " }, "title"],
     ["create_task", { title: "x".repeat(201) }, "title"],
     ["create_task", { title: "a\0b" }, "title"],
     ["create_task", { title: "x", notes: "x".repeat(4001) }, "notes"],
+    ["create_task", { title: "x", notes: "a\0b" }, "notes"],
     ["create_task", { title: "x", due_at: "tomorrow" }, "due_at"],
+    ["create_task", { title: "x", due_at: "2026-12-01" }, "due_at"],
     ["create_task", { title: "x", due_at: "2026-12-01T09:00:00" }, "due_at"],
     ["create_task", { title: "x", due_at: "2026-13-01T09:00:00Z" }, "due_at"],
     ["create_task", { title: "x", idempotency_key: "" }, "idempotency_key"],
+    ["create_task", { title: "x", idempotency_key: "a\0b" }, "idempotency_key"],
     ["list_tasks", { limit: 0 }, "limit"],
     ["list_tasks", { limit: 101 }, "limit"],
     ["list_tasks", { limit: 1.5 }, "limit"],
+    ["list_tasks", { limit: "5" }, "limit"],
     ["list_tasks", { status: "late" }, "status"],
-    ["list_tasks", { cursor: "second page" }, "cursor"],
+    ["list_tasks", { cursor: 2 }, "cursor"],
     ["update_task", { id, status: "late" }, "status"],
-    ["update_task", { id, title: null }, "title"],
+    ["update_task", { id, notes: "a\0b" }, "notes"],
     ["update_task", { title: "x" }, "id"],
+    ["update_task", { id: null }, "id"],
     ["delete_task", { id: 7 }, "id"],
+    ["delete_task", { id: "a\0b" }, "id"],
   ];
+  const examples = new Map<string, unknown>();
   for (const [tool, input, field] of cases) {
-    assert.match(await fail(tool, input), new RegExp(`\\b${field}\\b`), `${tool} ${JSON.stringify(input)}`);
+    const [, named, example] = /^(\w+): .+\. Input that works: (\{.+\})$/.exec(await fail(tool, input)) ?? [];
+    assert.equal(named, field, `${tool} ${JSON.stringify(input)}`);
+    examples.set(tool, JSON.parse(example ?? ""));
+  }
+  assert.deepEqual([...examples.keys()].sort(), ["create_task", "delete_task", "list_tasks", "update_task"]);
+  for (const [tool, input] of examples) {
+    // The id of an example is nobody's, which is no fault of the input.
+    assert.doesNotMatch(JSON.stringify(await call(tool, input)), /Input that works/, tool);
   }
 });
 
-test("an unknown tool is a tool error, whatever it is called", async (t) => {
-  const { fail } = await connect(t);
-  for (const name of ["no_such_tool", "constructor", "__proto__"]) assert.ok(await fail(name), name);
+test("an input error names every field that is wrong", async () => {
+  const { fail } = await newUser();
+  const text = await fail("create_task", { title: "", due_at: "tomorrow" });
+  assert.match(text, /^title: .+; due_at: .+\. Input that works: /);
 });
 
-test("with ENFORCE_SCOPES a tool asks for its own permission", async (t) => {
-  const { tools } = await connect(t, {}, enforcing);
-  const scopes = tools.map(({ _meta }) => (_meta?.securitySchemes as { scopes: string[] }[])[0]?.scopes);
+test("a cursor that is no next_cursor is refused in words that say where to get one", async () => {
+  const { fail } = await newUser();
+  const time = "2026-01-01T00:00:00.000Z";
+  for (
+    const cursor of ["", "2", "a_b", `${time}_b`, `b_${randomUUID()}`, `${time}_${randomUUID()}_`, "x".repeat(101)]
+  ) {
+    assert.match(await fail("list_tasks", { cursor }), /^cursor: .*next_cursor/, cursor);
+  }
+});
+
+test("an unknown tool is a tool error that names the tools there are, whatever it is called", async () => {
+  const { fail } = await newUser();
+  for (const name of ["no_such_tool", "constructor", "__proto__", "x".repeat(10_000)]) {
+    const text = await fail(name);
+    for (const tool of tools) assert.ok(text.includes(tool.name), text);
+    assert.ok(text.length < 1_000, `${text.length} characters`);
+  }
+});
+
+test("with ENFORCE_SCOPES a tool asks for its own permission", async () => {
+  const listed = await (await newUser({}, enforcing)).listTools();
+  const scopes = listed.map(({ name, securitySchemes }) => [name, securitySchemes[0]?.scopes]);
   assert.deepEqual(scopes, [
-    ["offline_access"],
-    ["tasks:read", "offline_access"],
-    ["tasks:write", "offline_access"],
-    ["tasks:write", "offline_access"],
-    ["tasks:write", "offline_access"],
+    ["get_profile", ["offline_access"]],
+    ["list_tasks", ["tasks:read", "offline_access"]],
+    ["create_task", ["tasks:write", "offline_access"]],
+    ["update_task", ["tasks:write", "offline_access"]],
+    ["delete_task", ["tasks:write", "offline_access"]],
   ]);
+  assert.deepEqual(listed.map(({ _meta }) => _meta.securitySchemes), listed.map((tool) => tool.securitySchemes));
 });
 
-test("with ENFORCE_SCOPES a missing permission is a tool error with a challenge that asks for all", async (t) => {
-  const { get, call, list } = await connect(t, { scope: "tasks:read offline_access" }, enforcing);
+test("with ENFORCE_SCOPES a missing permission is a tool error with a challenge that asks for all", async () => {
+  const { get, call, list } = await newUser({ scope: "tasks:read offline_access" }, enforcing);
+  await get("get_profile");
+  for (const name of ["create_task", "update_task", "delete_task"]) {
+    const { isError, content: [text], _meta } = await call(name, { title: "Not allowed", id: randomUUID() });
+    assert.equal(isError, true);
+    assert.match(text?.type === "text" ? text.text : "", /tasks:write/);
+    const [challenge, ...more] = _meta?.["mcp/www_authenticate"] as string[];
+    assert.deepEqual(more, []);
+    const metadata = new URL("/.well-known/oauth-protected-resource/mcp", enforcing.url);
+    const form = new RegExp(
+      `^Bearer error="insufficient_scope", error_description="[^"]*tasks:write[^"]*", ` +
+        `resource_metadata="${metadata}", scope="tasks:read tasks:write offline_access"$`,
+    );
+    assert.match(challenge ?? "", form);
+  }
   assert.deepEqual(await list(), { tasks: [] });
-  assert.ok(await get("get_profile"));
-  const { isError, content: [text], _meta } = await call("create_task", { title: "Not allowed" });
-  assert.equal(isError, true);
-  assert.match(text?.type === "text" ? text.text : "", /tasks:write/);
-  const metadata = new URL("/.well-known/oauth-protected-resource/mcp", enforcing.url);
-  const [challenge, ...more] = _meta?.["mcp/www_authenticate"] as string[];
-  assert.deepEqual(more, []);
-  const form = new RegExp(
-    `^Bearer error="insufficient_scope", error_description="[^"]*tasks:write[^"]*", ` +
-      `scope="tasks:read tasks:write offline_access", resource_metadata="${metadata}"$`,
-  );
-  assert.match(challenge ?? "", form);
 });
 
-test("with ENFORCE_SCOPES a permission counts in either claim", async (t) => {
-  const inScope = await connect(t, { scope: "tasks:write" }, enforcing);
+test("with ENFORCE_SCOPES a permission counts in either claim", async () => {
+  const inScope = await newUser({ scope: "tasks:write" }, enforcing);
   await inScope.create({ title: "Allowed" });
-  const inPermissions = await connect(t, { scope: "openid", permissions: ["tasks:write"] }, enforcing);
+  const inPermissions = await newUser({ scope: "openid", permissions: ["tasks:write"] }, enforcing);
   await inPermissions.create({ title: "Allowed" });
   assert.match(await inPermissions.fail("list_tasks"), /tasks:read/);
 });
 
-test("without ENFORCE_SCOPES a token that grants nothing is enough", async (t) => {
-  const { create, list } = await connect(t, { scope: undefined, permissions: [] });
+test("without ENFORCE_SCOPES a token that grants nothing is enough", async () => {
+  const { create, list } = await newUser({ scope: undefined, permissions: [] });
   await create({ title: "Mine" });
   assert.equal((await list()).tasks.length, 1);
 });
 
-test("a store that fails is a tool error without its inner workings", async (t) => {
+test("a store that fails is a line in the log, and a tool error without its inner workings", async (t) => {
   const failing = () => Promise.reject(new Error("SQLITE_IOERR at /secret/path"));
-  const store = {
+  const store: TaskStore = {
     list: failing,
     create: failing,
     update: failing,
     delete: failing,
     check: failing,
-    close: async () => {},
+    close: () => Promise.resolve(),
   };
-  const broken = await startServer({ AUTH0_DOMAIN: tenant.origin }, store);
+  const broken = await startServer({ AUTH0_DOMAIN: tenant.origin, LOG_LEVEL: "info" }, store);
   t.after(broken.close);
-  const { fail, get } = await connect(t, {}, broken);
-  const text = await fail("list_tasks");
-  assert.match(text, /Try again/);
-  assert.doesNotMatch(text, /SQLITE|secret/);
-  assert.ok(await get("get_profile"), "a tool without the store still works");
+  const { fail, get } = await newUser({}, broken);
+  const lines = logOf(t);
+  for (const [name, input] of [["list_tasks", {}], ["create_task", { title: "x" }], ["delete_task", { id: "x" }]]) {
+    const text = await fail(String(name), input);
+    assert.match(text, /Try again/);
+    assert.doesNotMatch(text, /SQLITE|secret/);
+    assert.match(lines.shift() ?? "", new RegExp(`${name} failed: SQLITE_IOERR at /secret/path`));
+  }
+  assert.deepEqual(lines, []);
+  await get("get_profile"); // needs no store
 });

@@ -5,7 +5,8 @@
  * is noisy for all of them: compare the figures of one run, never of two. CPU is what the server's process uses,
  * user and system, and is the steadiest of them. Every reply is compared, byte by byte, with what it must be.
  *
- * `npm run bench -- --memory` sends a million calls instead, and shows what the server's memory does.
+ * `npm run bench -- --memory` sends a million calls instead, and shows what the server's memory does. `--quick` shows
+ * in a few seconds that all replies are right; its figures mean nothing.
  */
 import assert from "node:assert/strict";
 import { appendFile, copyFile, mkdtemp, rm, symlink } from "node:fs/promises";
@@ -14,21 +15,31 @@ import { join } from "node:path";
 import { Connection, median, megabytes, runtime, toRequest, usageOf } from "../support/load.ts";
 import type { Reply } from "../support/load.ts";
 import { noPostgres, startPostgres } from "../support/postgres.ts";
-import { freePort, spawnServer } from "../support/server.ts";
+import { freePort, noSqlite, spawnServer } from "../support/server.ts";
 import type { ServerProcess } from "../support/server.ts";
 import { startTenant } from "../support/tenant.ts";
 
+const isQuick = process.argv.includes("--quick");
+const isForMemory = process.argv.includes("--memory");
+
 const CONNECTIONS = 16;
-const USERS = 16; // their tokens take turns on every connection
+const USERS = isQuick ? 2 : 16; // their tokens take turns on every connection
 const TASKS = 10; // of each
-const ROUNDS = 9; // the first warms up and does not count
-const ROUND_MS = 700;
-const STARTS = 3;
+const ROUNDS = isQuick ? 2 : 9; // the first warms up and does not count
+const ROUND_MS = isQuick ? 20 : 700;
+const STARTS = isQuick ? 1 : 3;
 const MORE_TOOLS = 95;
-const MORE_TASKS = 100_000;
+const MORE_TASKS = isQuick ? 100 : 100_000;
 
 const SCENARIOS = ["tools/call", "tools/list", "refused token"] as const;
 type Scenario = typeof SCENARIOS[number];
+
+/** What is started, and under which name. */
+interface Program {
+  name: string;
+  script: string;
+  env?: Record<string, string>;
+}
 
 interface Running {
   server: ServerProcess;
@@ -37,10 +48,8 @@ interface Running {
   startTime: number;
 }
 
-/** A server that takes part: how to start another of its kind, what it is asked, and what it has to answer. */
-interface Contestant extends Running {
-  name: string;
-  startAnother: () => Promise<Running>;
+/** A server that takes part: what it is asked, and what it has to answer. */
+interface Contestant extends Program, Running {
   exchanges: Record<Scenario, { request: Buffer; expected: Reply }[]>;
 }
 
@@ -57,17 +66,14 @@ interface Round {
 
 const root = join(import.meta.dirname, "../..");
 const audience = "http://localhost/mcp"; // the same for all, whatever their ports
-const hasSqlite = await import("node:sqlite").then(() => true, () => false);
 const directory = await mkdtemp(join(tmpdir(), "bench-"));
-const postgres = noPostgres || process.argv.includes("--memory") ? undefined : await startPostgres();
+const postgres = noPostgres || isForMemory ? undefined : await startPostgres();
 const tenant = await startTenant();
 const tokens = await signTokens();
 const expired = await signTokens({ exp: 1_000_000_000 });
 const requests: Record<Scenario, Buffer[]> = {
   // The query tells the bare server which reply is wanted. The others do not read it.
-  "tools/call": tokens.map((token) =>
-    toRequest(token, "tools/call", { name: "list_tasks" }, "/mcp?tools/call")
-  ),
+  "tools/call": tokens.map((token) => toRequest(token, "tools/call", { name: "list_tasks" }, "/mcp?tools/call")),
   "tools/list": tokens.map((token) => toRequest(token, "tools/list", {}, "/mcp?tools/list")),
   "refused token": expired.map((token) => toRequest(token, "tools/list", {}, "/mcp?refused")),
 };
@@ -76,9 +82,9 @@ let calls = 0;
 let wrong = 0;
 
 try {
-  const store = hasSqlite ? "SQLite" : "memory, since this runtime has no node:sqlite";
+  const store = noSqlite ? `memory, since ${noSqlite}` : "SQLite";
   console.log(`${runtime} on ${process.platform}, ${availableParallelism()} CPUs, tasks in ${store}`);
-  await (process.argv.includes("--memory") ? watchMemory() : compare());
+  await (isForMemory ? watchMemory() : compare());
   console.log(`\nWrong replies: ${wrong} of ${calls.toLocaleString("en")}`);
   process.exitCode = wrong === 0 ? 0 : 1;
 } finally {
@@ -89,36 +95,33 @@ try {
 }
 
 async function compare() {
-  const ours = await enter("server.ts", join(root, "server.ts"));
-  const documented = await enter("documented pattern", join(root, "test/support/peer-documented.ts"));
-  const grown = await enter("server.ts, grown", await copyWithMoreTools());
-  if (hasSqlite) await addTasksOfOthers(grown);
+  const script = join(root, "server.ts");
+  const ours = await enter({ name: "server.ts", script });
+  const grown = await enter({ name: "server.ts, grown", script: await copyWithMoreTools() });
+  if (!noSqlite) await addTasksOfOthers(grown);
   const pooled = postgres &&
-    await enter("server.ts, PostgreSQL", join(root, "server.ts"), { DATABASE_URL: postgres.url });
+    await enter({ name: "server.ts, PostgreSQL", script, env: { DATABASE_URL: postgres.url } });
+  const documented = await enter({
+    name: "documented pattern",
+    script: join(root, "test/support/peer-documented.ts"),
+  });
   const bare = await enterBare(ours);
 
   // All take part in all, so that all are equally warm.
+  const contestants = [bare, ours, grown, pooled ?? [], documented].flat();
   const lanes = SCENARIOS.flatMap((scenario) =>
-    [bare, ours, grown, pooled ?? [], documented].flat().map((contestant) => ({
-      scenario,
-      contestant,
-      rounds: [] as Round[],
-    }))
+    contestants.map((contestant) => ({ scenario, contestant, rounds: [] as Round[] }))
   );
-  const memory: { served: number; rss: number }[] = [];
-  for (let number = 0, served = 0; number < ROUNDS; number++) {
+  for (let number = 0; number < ROUNDS; number++) {
     for (const { scenario, contestant, rounds } of number % 2 === 0 ? lanes : lanes.toReversed()) {
       const round = await run(contestant, scenario);
       if (number > 0) rounds.push(round);
-      if (contestant === ours) {
-        memory.push({ served: served += round.calls, rss: usageOf(ours.server.pid).rss });
-      }
     }
   }
 
   for (const scenario of SCENARIOS) {
     const rows = lanes.filter((lane) => lane.scenario === scenario)
-      .map(({ contestant, rounds }) => ({ name: contestant.name, ...medianOf(rounds) }));
+      .map(({ contestant: { name }, rounds }) => ({ name, ...medianOf(rounds) }));
     const [least = NaN, most = NaN] = [rows.at(0)?.cpu, rows.at(-1)?.cpu];
     print(`\n${scenario}`, "requests/s", "p50 ms", "p99 ms", "CPU µs", "x bare", "x documented");
     for (const { name, perSecond, p50, p99, cpu } of rows) {
@@ -126,31 +129,24 @@ async function compare() {
       print(`  ${name}`, ...figures, (cpu / least).toFixed(2), (cpu / most).toFixed(2));
     }
   }
-  const others = hasSqlite ? ` and ${MORE_TASKS.toLocaleString("en")} tasks of others` : "";
-  console.log(
-    `\n"x" is CPU beside that of the others. "grown" has ${MORE_TOOLS} more tools to list${others}`,
-  );
+  const others = noSqlite ? "" : ` and ${MORE_TASKS.toLocaleString("en")} tasks of others`;
+  console.log(`\n"x" is CPU beside that of the others. "grown" has ${MORE_TOOLS} more tools to list${others}`);
 
   print("\nprocess", "start ms", "memory");
-  for (const { name, server, startTime, startAnother } of [bare, ours, documented]) {
-    const times = [startTime];
+  for (const contestant of [bare, ours, documented]) {
+    const times = [contestant.startTime];
     while (times.length < STARTS) {
-      const another = await startAnother();
-      times.push(another.startTime);
-      await end(another.server);
+      const { server, startTime } = await start(contestant);
+      times.push(startTime);
+      await end(server);
     }
-    print(`  ${name}`, median(times).toFixed(), megabytes(usageOf(server.pid).rss));
-  }
-  for (const sample of [memory.find(({ served }) => served >= 10_000), memory.at(-1)]) {
-    if (sample !== undefined) {
-      console.log(`  server.ts after ${sample.served} calls: ${megabytes(sample.rss)}`);
-    }
+    print(`  ${contestant.name}`, median(times).toFixed(), megabytes(usageOf(contestant.server.pid).rss));
   }
 }
 
 /** Sends a million calls and prints the server's memory on the way. */
 async function watchMemory() {
-  const ours = await enter("server.ts", join(root, "server.ts"));
+  const ours = await enter({ name: "server.ts", script: join(root, "server.ts") });
   const marks = [10_000, 100_000, 250_000, 500_000, 750_000, 1_000_000];
   for (let served = 0; marks.length > 0;) {
     served += (await run(ours, "tools/call")).calls;
@@ -169,9 +165,8 @@ function signTokens(claims: Record<string, unknown> = {}): Promise<string[]> {
 }
 
 /** Starts a server, gives each user their tasks, and notes the answer to each request. */
-async function enter(name: string, script: string, env: Record<string, string> = {}): Promise<Contestant> {
-  const startAnother = () => start(script, env);
-  const running = await startAnother();
+async function enter(program: Program): Promise<Contestant> {
+  const running = await start(program);
   const connection = new Connection(running.port);
   for (const [user, token] of tokens.entries()) {
     for (const title of titlesOf(user)) {
@@ -181,11 +176,13 @@ async function enter(name: string, script: string, env: Record<string, string> =
   connection.close();
   const exchanges = await ask(running.port);
   for (const [user, { expected }] of exchanges["tools/call"].entries()) {
-    const { tasks } = JSON.parse(String(expected.body)).result.structuredContent;
-    assert.deepEqual(tasks.map(({ title }: { title: string }) => title), titlesOf(user).toReversed());
+    const { structuredContent, content: [text] } = JSON.parse(String(expected.body)).result;
+    const titles = structuredContent.tasks.map(({ title }: { title: string }) => title);
+    assert.deepEqual(titles, titlesOf(user).toReversed());
+    assert.deepEqual(JSON.parse(text.text), structuredContent);
   }
   for (const { expected } of exchanges["refused token"]) assert.equal(expected.status, 401);
-  return { ...running, name, startAnother, exchanges };
+  return { ...program, ...running, exchanges };
 }
 
 function titlesOf(user: number): string[] {
@@ -194,15 +191,12 @@ function titlesOf(user: number): string[] {
 
 /** The bare server replies with the very JSON of another one, of its first user. */
 async function enterBare({ exchanges }: Contestant): Promise<Contestant> {
-  const [called, listed, refused] = SCENARIOS.map((scenario) =>
-    String(exchanges[scenario][0]?.expected.body)
-  );
-  const env = {
-    REPLIES: `{"/mcp?tools/call":${called},"/mcp?tools/list":${listed},"/mcp?refused":${refused}}`,
-  };
-  const startAnother = () => start(join(root, "test/support/peer-bare.ts"), env);
-  const running = await startAnother();
-  return { ...running, name: "bare node:http", startAnother, exchanges: await ask(running.port) };
+  const [called, listed, refused] = SCENARIOS.map((scenario) => String(exchanges[scenario][0]?.expected.body));
+  const replies = `{"/mcp?tools/call":${called},"/mcp?tools/list":${listed},"/mcp?refused":${refused}}`;
+  const script = join(root, "test/support/peer-bare.ts");
+  const program = { name: "bare node:http", script, env: { REPLIES: replies } };
+  const running = await start(program);
+  return { ...program, ...running, exchanges: await ask(running.port) };
 }
 
 /** Sends each request once. */
@@ -219,7 +213,7 @@ async function ask(port: number): Promise<Contestant["exchanges"]> {
 }
 
 /** Starts a server with a database of its own, and waits for its first answer. */
-async function start(script: string, env: Record<string, string> = {}): Promise<Running> {
+async function start({ script, env }: Program): Promise<Running> {
   const port = await freePort();
   const started = performance.now();
   const server = spawnServer(
@@ -227,7 +221,7 @@ async function start(script: string, env: Record<string, string> = {}): Promise<
       AUTH0_DOMAIN: tenant.origin,
       MCP_SERVER_URL: audience,
       PORT: String(port),
-      DATABASE_URL: hasSqlite ? `file:${databaseOf(port)}` : "memory:",
+      DATABASE_URL: noSqlite ? "memory:" : `file:${databaseOf(port)}`,
       ...env,
     },
     directory,
@@ -292,8 +286,9 @@ async function copyWithMoreTools(): Promise<string> {
     await copyFile(join(root, file), join(directory, file));
   }
   await symlink(join(root, "node_modules"), join(directory, "node_modules"), "junction");
-  const more = `Array.from({ length: ${MORE_TOOLS} }, (_, n) => ({ ...tools[0], name: "tool_" + n }))`;
-  await appendFile(join(directory, "tools.ts"), `tools.push(...${more});`);
+  const another = '{ ...tools[0], listed: { ...tools[0].listed, name: "tool_" + number } }';
+  const more = `for (let number = 0; number < ${MORE_TOOLS}; number++) tools.push(${another});`;
+  await appendFile(join(directory, "tools.ts"), more);
   return join(directory, "server.ts");
 }
 
@@ -304,7 +299,8 @@ async function addTasksOfOthers({ port }: Contestant) {
   database.exec(
     `WITH RECURSIVE numbers (n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM numbers WHERE n < ${MORE_TASKS})
      INSERT INTO tasks (id, owner, title, status, created_at, updated_at)
-     SELECT 'id-' || n, 'auth0|other-' || (n / 1000), 'Task ' || n, 'todo', n, n FROM numbers`,
+     SELECT 'id-' || n, 'auth0|other-' || (n / 1000), 'Task ' || n, 'todo', time, time
+     FROM numbers, (SELECT '2026-01-01T00:00:00.000Z' AS time)`,
   );
   database.close();
 }

@@ -1,28 +1,95 @@
 /**
- * `npm run dev`: the server and a stand-in tenant with its sign-in page, until Ctrl-C. For trying any MCP
- * client on this machine; needs no Auth0 account. Tasks are kept in memory.
- *
- * PORT (3000) is the server's port, TENANT_PORT (4000) the tenant's.
+ * `npm run dev`: the server and a stand-in tenant with its sign-in page, until Ctrl-C. For trying any MCP client on
+ * this machine; needs no Auth0 account. Tasks are kept in memory.
  */
+import { realpathSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import { parseArgs } from "node:util";
 import { startServer } from "../support/server.ts";
 import { configuredTenant, startTenant } from "../support/tenant.ts";
 
-const { PORT = "3000", TENANT_PORT = "4000" } = process.env;
-const mcpServerUrl = `http://localhost:${PORT}/mcp`;
-const tenant = await startTenant(
-  // A free tenant's limit would end an afternoon of trying clients.
-  { ...configuredTenant("permissive", mcpServerUrl), applicationLimit: Infinity },
-  Number(TENANT_PORT),
-);
-const server = await startServer({
-  AUTH0_DOMAIN: tenant.origin,
-  MCP_SERVER_URL: mcpServerUrl,
-  LOG_LEVEL: "debug",
-});
-const users = tenant.settings.users.map(({ email }) => email).join(" or ");
-console.log(`Give your MCP client the URL ${mcpServerUrl} and sign in as ${users}. Ctrl-C ends both.`);
+const HELP = `npm run dev
+  Keeps the server and a stand-in for an Auth0 tenant running, for an MCP client on this machine. Ctrl-C ends both.
 
-process.once("SIGINT", async () => {
-  await server.close();
-  await tenant.close();
-});
+npm run dev -- OPTIONS
+  --tenant KIND    permissive (the default) or strict: README, "Which way is yours"
+  --help           this text
+
+Environment
+  PORT             the server's port, 3000
+  TENANT_PORT      the tenant's port, 4000
+  LOG_LEVEL        what the server's log holds: silent, info, or debug (the default here)`;
+
+/**
+ * Starts both.
+ *
+ * @param args What stands after `npm run dev --`.
+ * @returns Stops both.
+ * @throws With a message for the user, where they cannot be started.
+ */
+export async function dev(
+  args: string[],
+  { PORT = "3000", TENANT_PORT = "4000", LOG_LEVEL = "debug" }: Record<string, string | undefined>,
+  print: (line: string) => void,
+): Promise<() => Promise<void>> {
+  const { values } = parseArgs({
+    args,
+    options: { tenant: { type: "string", default: "permissive" }, help: { type: "boolean" } },
+  });
+  if (values.help) {
+    print(HELP);
+    return () => Promise.resolve();
+  }
+  const { tenant: kind } = values;
+  if (kind !== "permissive" && kind !== "strict") throw new Error("--tenant must be permissive or strict");
+
+  const mcpServerUrl = `http://localhost:${PORT}/mcp`;
+  const settings = {
+    ...configuredTenant(kind, mcpServerUrl),
+    includeIssuerInAuthorizationResponses: true, // Gemini CLI signs in nowhere without it
+    applicationLimit: Infinity, // a free tenant's would end an afternoon of trying clients
+  };
+  const tenant = await startTenant(settings, Number(TENANT_PORT));
+  const server = await startServer({
+    AUTH0_DOMAIN: tenant.origin,
+    MCP_SERVER_URL: mcpServerUrl,
+    LOG_LEVEL,
+  }).catch(async (error: unknown) => {
+    await tenant.close();
+    throw error;
+  });
+  const machine = settings.applications.find(({ grantTypes }) => grantTypes.includes("client_credentials"));
+  print(`The server is ${server.url}: give this URL to your MCP client.
+The tenant is ${tenant.issuer} (stand-in, ${kind}). It asks for no password: sign in as
+${settings.users.map(({ email }) => `  ${email}`).join("\n")}
+
+For .env, to try the README's Step 6 and npm run doctor:
+  AUTH0_DOMAIN=${tenant.origin}
+  MCP_SERVER_URL=${server.url}
+  AUTH0_CLIENT_ID=${machine?.clientId}
+  AUTH0_CLIENT_SECRET=${machine?.clientSecret}
+
+Ctrl-C ends both. The server's log:`);
+  return async () => {
+    await server.close();
+    await tenant.close();
+  };
+}
+
+/** In one line. */
+function explain(error: unknown): string {
+  if (!(error instanceof Error)) return String(error);
+  if (!("code" in error) || error.code !== "EADDRINUSE" || !("port" in error)) return error.message;
+  return `Port ${error.port} is in use: set PORT (the server's) or TENANT_PORT (the tenant's) to another`;
+}
+
+if (realpathSync(process.argv[1] ?? "") === fileURLToPath(import.meta.url)) {
+  try {
+    const running = dev(process.argv.slice(2), process.env, console.log);
+    for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, async () => (await running)());
+    await running;
+  } catch (error) {
+    console.error(explain(error));
+    process.exitCode = 1;
+  }
+}

@@ -14,7 +14,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Task } from "../../tools.ts";
 import { Connection, median, megabytes, runtime, toRequest, usageOf } from "../support/load.ts";
-import { freePort, spawnServer } from "../support/server.ts";
+import { freePort, noSqlite, spawnServer } from "../support/server.ts";
 import { startTenant } from "../support/tenant.ts";
 
 const USERS = 32;
@@ -43,7 +43,6 @@ interface Structured {
 }
 
 const minutes = Number(process.argv[2] ?? 5);
-const hasSqlite = await import("node:sqlite").then(() => true, () => false);
 const directory = await mkdtemp(join(tmpdir(), "soak-"));
 const tenant = await startTenant();
 const port = await freePort();
@@ -75,7 +74,7 @@ const actions = {
 
   async listByStatus(user: User) {
     const status = pick(["todo", "in_progress", "done"]);
-    const { tasks } = await call(user, "list_tasks", { status });
+    const { tasks } = await call(user, "list_tasks", { status, limit: MAX_TASKS });
     assert.deepEqual(tasks, user.tasks.filter((task) => task.status === status));
   },
 
@@ -124,12 +123,12 @@ const actions = {
 
   async sendNonsense(user: User) {
     const [name, input, expected] = pick<[string, Record<string, unknown>, RegExp]>([
-      ["create_task", { title: "" }, /title/],
-      ["create_task", { title: "x".repeat(201) }, /title/],
-      ["list_tasks", { cursor: "yesterday" }, /cursor/],
-      ["list_tasks", { limit: 101 }, /limit/],
-      ["update_task", { id: "1" }, /id/],
-      ["destroy_everything", {}, /destroy_everything/],
+      ["create_task", { title: "" }, /^title: .+ Input that works: /],
+      ["create_task", { title: "x".repeat(201) }, /^title: /],
+      ["list_tasks", { cursor: "yesterday" }, /^cursor: /],
+      ["list_tasks", { limit: 101 }, /^limit: /],
+      ["update_task", { id: "1" }, /^id: no task has the id 1\b/],
+      ["destroy_everything", {}, /^There is no tool destroy_everything\b/],
     ]);
     assert.match(await fail(user, name, input), expected);
   },
@@ -137,7 +136,7 @@ const actions = {
   async sendBadToken(user: User) {
     const { status, head } = await user.connection.send(toRequest(pick(badTokens), "tools/list"));
     assert.equal(status, 401);
-    assert.match(head, /WWW-Authenticate: Bearer error="invalid_token"/);
+    assert.match(head, /WWW-Authenticate: Bearer error="invalid_token", error_description="[^"]+", resource_metadata=/);
   },
 
   /** In the middle of a request. */
@@ -159,7 +158,7 @@ const server = spawnServer({
   AUTH0_DOMAIN: tenant.origin,
   MCP_SERVER_URL: aud,
   PORT: String(port),
-  DATABASE_URL: hasSqlite ? `file:${join(directory, "soak.db")}` : "memory:",
+  DATABASE_URL: noSqlite ? "memory:" : `file:${join(directory, "soak.db")}`,
 });
 await server.ready;
 const users = Array.from({ length: USERS }, (_, index): User => ({
@@ -172,7 +171,7 @@ const users = Array.from({ length: USERS }, (_, index): User => ({
 const sampling = setInterval(() => memory.push(usageOf(server.pid).rss), 1_000);
 try {
   console.log(
-    `${runtime}, ${USERS} users for ${minutes} minutes, tasks in ${hasSqlite ? "SQLite" : "memory"}`,
+    `${runtime}, ${USERS} users for ${minutes} minutes, tasks in ${noSqlite ? "memory" : "SQLite"}`,
   );
   const end = Date.now() + minutes * 60_000;
   await Promise.all(users.map((user) => live(user, end)));
@@ -226,6 +225,7 @@ async function create(user: User, input: Partial<Task> & { idempotency_key?: str
 async function call(user: User, name: string, input: Record<string, unknown>): Promise<Structured> {
   const { isError, content, structuredContent } = await ask(user, name, input);
   assert.ok(!isError, `${name}: ${content[0].text}`);
+  assert.deepEqual(JSON.parse(content[0].text), structuredContent);
   return structuredContent;
 }
 
@@ -261,9 +261,7 @@ function report() {
   const [early, late] = [median(memory.slice(2 * fifth, 3 * fifth)), median(memory.slice(-fifth))];
   const isFlat = !(late > early * MAX_GROWTH); // NaN where there is no /proc
   console.log(
-    `memory ${megabytes(early)} in the third fifth, ${megabytes(late)} in the last: ${
-      isFlat ? "flat" : "GROWN"
-    }`,
+    `memory ${megabytes(early)} in the third fifth, ${megabytes(late)} in the last: ${isFlat ? "flat" : "GROWN"}`,
   );
   process.exitCode = isFlat && faults.length === 0 ? 0 : 1;
 }

@@ -13,6 +13,7 @@ import { once } from "node:events";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import {
+  type AddClientAuthentication,
   discoverAuthorizationServerMetadata,
   discoverOAuthProtectedResourceMetadata,
   exchangeAuthorization,
@@ -21,6 +22,7 @@ import {
   registerClient,
   startAuthorization,
 } from "@modelcontextprotocol/sdk/client/auth.js";
+import { createPrivateKeyJwtAuth } from "@modelcontextprotocol/sdk/client/auth-extensions.js";
 import { Client } from "@modelcontextprotocol/sdk/client/index.js";
 import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
 import type {
@@ -29,26 +31,41 @@ import type {
   OAuthClientMetadata,
   OAuthTokens,
 } from "@modelcontextprotocol/sdk/shared/auth.js";
-import type { CallToolResult, Tool } from "@modelcontextprotocol/sdk/types.js";
-import { CallToolResultSchema } from "@modelcontextprotocol/sdk/types.js";
-import { decodeJwt } from "jose";
+import type { CallToolResult } from "@modelcontextprotocol/sdk/types.js";
+import { CallToolResultSchema, ListToolsResultSchema, ToolSchema } from "@modelcontextprotocol/sdk/types.js";
+import { decodeJwt, exportJWK, generateKeyPair, type JWK } from "jose";
+import { z } from "zod";
+import { OIDC_SCOPES } from "./tenant-settings.ts";
 
 /** Scopes that say who the user is. ChatGPT has no use for them where "OIDC enabled" is not ticked. */
-const IDENTITY_SCOPES = new Set(
-  ("openid profile name given_name family_name nickname email email_verified picture created_at identities " +
-    "phone address").split(" "),
-);
+const IDENTITY_SCOPES = new Set(OIDC_SCOPES.filter((scope) => scope !== "offline_access"));
 
-/** One callback a connector. */
-const REDIRECT_URL = `https://chatgpt.com/connector/oauth/${randomUUID()}`;
+/** How ChatGPT's own requests to an MCP server announce themselves. */
+const USER_AGENT = "openai-mcp/1.0.0";
 
-const CLIENT_METADATA: OAuthClientMetadata = {
-  client_name: "ChatGPT",
-  redirect_uris: [REDIRECT_URL],
-  grant_types: ["authorization_code", "refresh_token"],
-  response_types: ["code"],
-  token_endpoint_auth_method: "none",
-};
+/** A tool as OpenAI documents it. The SDK's own schema drops `securitySchemes`. */
+const ToolSchemaOfOpenAi = ToolSchema.extend({
+  securitySchemes: z.array(z.object({ scopes: z.array(z.string()).optional() })).optional(),
+});
+type Tool = z.infer<typeof ToolSchemaOfOpenAi>;
+const ToolsResultSchema = ListToolsResultSchema.extend({ tools: z.array(ToolSchemaOfOpenAi) });
+
+/** One redirect for all connections, or with `callbackId` that of one. */
+function redirectUrl(callbackId?: string): string {
+  return callbackId === undefined
+    ? "https://chatgpt.com/connector_platform_oauth_redirect"
+    : `https://chatgpt.com/connector/oauth/${callbackId}`;
+}
+
+function clientMetadata(callbackId?: string) {
+  return {
+    client_name: "ChatGPT",
+    redirect_uris: [redirectUrl(callbackId)],
+    grant_types: ["authorization_code", "refresh_token"],
+    response_types: ["code"],
+    token_endpoint_auth_method: "none",
+  } satisfies OAuthClientMetadata;
+}
 
 /** Why a link failed. */
 export class LinkError extends Error {
@@ -70,15 +87,19 @@ export interface Hop {
   failed: boolean;
 }
 
-/** The fields of ChatGPT's "New App" form, the browser, and somebody who looks on. */
+/** The fields of ChatGPT's form for a custom MCP server, the browser, and somebody who looks on. */
 export interface ConnectorOptions {
   mcpServerUrl: string;
   /** Shows the user a page, and returns the callback URL where that ends. */
   browser: (authorizeUrl: URL) => Promise<URL>;
   /** Advanced OAuth settings → OIDC enabled: ticked (true) unless the user unticks it. */
   oidcEnabled?: boolean;
-  /** `https://chatgpt.com/oauth/{id}/client.json`. Used where the tenant takes such documents. */
-  clientMetadataUrl?: string;
+  /** Advanced OAuth settings → Client ID and Secret of an application made by hand. */
+  fixedClient?: { client_id: string; client_secret: string };
+  /** Used where the tenant takes client metadata documents. Left out, ChatGPT registers itself there, too. */
+  clientDocuments?: ClientDocuments;
+  /** Part of the redirect and of the document that this connection has to itself. The form shows it. */
+  callbackId?: string;
   observe?: (hop: Hop) => void;
 }
 
@@ -89,10 +110,15 @@ interface Link {
   resourceScopes: string[];
   authorizationServer: string;
   metadata: AuthorizationServerMetadata;
+  /** None is the redirect, and the document, of all connections. */
+  callbackId: string | undefined;
   clientInformation: OAuthClientInformationMixed;
+  addClientAuthentication?: AddClientAuthentication;
   requestedScopes: string[];
   tokens: OAuthTokens;
 }
+
+type ClientIdentity = Pick<Link, "clientInformation" | "addClientAuthentication">;
 
 export class Connector {
   /** Tools of the server, known from the first link on. */
@@ -102,10 +128,14 @@ export class Connector {
 
   readonly #options: ConnectorOptions;
   readonly #client = new Client({ name: "ChatGPT", version: "1.0.0" });
+  readonly #callbackId: string;
   #link: Link | undefined;
+  /** What a tool's challenge has asked for: part of the next link. */
+  readonly #challengedScopes: string[] = [];
 
   constructor(options: ConnectorOptions) {
     this.#options = options;
+    this.#callbackId = options.callbackId ?? randomUUID();
   }
 
   get tokens(): OAuthTokens {
@@ -120,11 +150,10 @@ export class Connector {
    * @throws {LinkError} or the error of the hop that failed.
    */
   async link(): Promise<void> {
-    const metadataUrl = await this.#provokeChallenge();
-    const discovered = await this.#discover(metadataUrl);
-    const clientInformation = await this.#identify(discovered.metadata);
-    const requestedScopes = this.#scopesToRequest(discovered.metadata, discovered.resourceScopes);
-    const request = { ...discovered, clientInformation, requestedScopes };
+    const discovered = await this.#discover(await this.#provokeChallenge());
+    const client = await this.#identify(discovered);
+    const requestedScopes = this.#scopesToRequest(discovered);
+    const request = { ...discovered, ...client, requestedScopes };
     const { code, codeVerifier } = await this.#authorize(request);
     const tokens = await this.#exchange(request, code, codeVerifier);
     this.#link = { ...request, tokens };
@@ -136,6 +165,8 @@ export class Connector {
   callTool(name: string, input: Record<string, unknown> = {}): Promise<CallToolResult> {
     return this.#hop(9, "Tool call", `tools/call ${name} ${JSON.stringify(input)}`, async () => {
       const result = await this.#call(name, input);
+      const challenges = z.array(z.string()).safeParse(result._meta?.["mcp/www_authenticate"]).data ?? [];
+      this.#challengedScopes.push(...challenges.flatMap((one) => readChallenge(one).scope ?? []));
       return [result, JSON.stringify(result.structuredContent ?? result.content)];
     });
   }
@@ -145,8 +176,7 @@ export class Connector {
     if (!this.#link) throw new Error("The connector is not linked");
     const { authorizationServer, requestedScopes, tokens: { refresh_token: refreshToken } } = this.#link;
     const request = { ...this.#link };
-    const asked =
-      `POST ${request.metadata.token_endpoint} grant_type=refresh_token resource=${request.resource}`;
+    const asked = `POST ${request.metadata.token_endpoint} grant_type=refresh_token resource=${request.resource}`;
     this.#link.tokens = await this.#hop(6, "Refresh", asked, async () => {
       if (!refreshToken) throw new LinkError("No refresh token: access ends when the access token expires");
       const tokens = await refreshAuthorization(authorizationServer, { ...request, refreshToken });
@@ -158,28 +188,27 @@ export class Connector {
     await this.#client.close();
   }
 
-  /** @returns Where the 401's challenge says that the metadata is. */
-  #provokeChallenge(): Promise<URL | undefined> {
+  #provokeChallenge(): Promise<Challenge> {
     const { mcpServerUrl } = this.#options;
     return this.#hop(1, "Call without a token", `POST ${mcpServerUrl}`, async () => {
-      const response = await fetch(mcpServerUrl, {
+      const response = await this.#fetch(mcpServerUrl, {
         method: "POST",
         headers: { "content-type": "application/json", accept: "application/json, text/event-stream" },
         body: JSON.stringify({ jsonrpc: "2.0", id: 1, method: "tools/list" }),
       });
       await response.body?.cancel();
       if (response.status !== 401) throw new LinkError(`Expected 401, got ${response.status}`);
-      const challenge = response.headers.get("www-authenticate");
-      return [extractWWWAuthenticateParams(response).resourceMetadataUrl, `401 ${challenge}`];
+      const challenge = response.headers.get("www-authenticate") ?? "";
+      return [readChallenge(challenge), `401 ${challenge}`];
     });
   }
 
-  async #discover(resourceMetadataUrl: URL | undefined) {
+  async #discover({ resourceMetadataUrl, scope }: Challenge) {
     const { mcpServerUrl } = this.#options;
     const asked = `GET ${resourceMetadataUrl ?? "the well-known address"}`;
     const resourceMetadata = await this.#hop(2, "Protected resource metadata", asked, async () => {
       const at = resourceMetadataUrl && { resourceMetadataUrl };
-      const document = await discoverOAuthProtectedResourceMetadata(mcpServerUrl, at);
+      const document = await discoverOAuthProtectedResourceMetadata(mcpServerUrl, at, this.#fetch);
       // RFC 9728 §3.3: a document for another resource must not be used.
       if (document.resource !== mcpServerUrl) throw new LinkError(`It is about ${document.resource}`);
       return [document, summary(document, "resource", "authorization_servers", "scopes_supported")];
@@ -193,58 +222,79 @@ export class Connector {
     });
     return {
       resource,
-      resourceScopes: resourceMetadata.scopes_supported ?? [],
+      // A challenge says what this call needs, and goes before the metadata (MCP, Scope Selection Strategy).
+      resourceScopes: scope ?? resourceMetadata.scopes_supported ?? [],
       authorizationServer,
       metadata,
+      // One redirect for all is safe only where each answer names its issuer (RFC 9207).
+      callbackId: promisesIssuer(metadata) && metadata.issuer === authorizationServer ? undefined : this.#callbackId,
     };
   }
 
-  /** By a metadata document where the authorization server takes them, by registration otherwise. */
-  #identify(metadata: AuthorizationServerMetadata): Promise<OAuthClientInformationMixed> {
-    const { clientMetadataUrl } = this.#options;
-    if (metadata.client_id_metadata_document_supported && clientMetadataUrl) {
-      return this.#hop(4, "Client ID metadata document", `client_id=${clientMetadataUrl}`, () => {
-        return Promise.resolve([{ client_id: clientMetadataUrl }, "nothing to register"]);
+  /** As the client it was given, by a metadata document where such are taken, by registration otherwise. */
+  #identify({ metadata, callbackId }: Pick<Link, "metadata" | "callbackId">): Promise<ClientIdentity> {
+    const { clientDocuments, fixedClient } = this.#options;
+    if (fixedClient) {
+      return this.#hop(4, "Fixed client", `client_id=${fixedClient.client_id}`, () => {
+        return Promise.resolve([{ clientInformation: fixedClient }, "nothing to register"]);
+      });
+    }
+    if (metadata.client_id_metadata_document_supported && clientDocuments) {
+      const url = clientDocuments.url(callbackId);
+      return this.#hop(4, "Client ID metadata document", `client_id=${url}`, () => {
+        const { privateKey } = clientDocuments;
+        const addClientAuthentication = createPrivateKeyJwtAuth({
+          issuer: url,
+          subject: url,
+          privateKey,
+          alg: "RS256",
+        });
+        const identity = { clientInformation: { client_id: url }, addClientAuthentication };
+        return Promise.resolve([identity, "nothing to register"]);
       });
     }
     return this.#hop(4, "Registration", `POST ${metadata.registration_endpoint}`, async () => {
-      const client = await registerClient(metadata.issuer, { metadata, clientMetadata: CLIENT_METADATA });
-      return [client, `client_id ${client.client_id}`];
+      const request = { metadata, clientMetadata: clientMetadata(callbackId) };
+      const clientInformation = await registerClient(metadata.issuer, request);
+      return [{ clientInformation }, `client_id ${clientInformation.client_id}`];
     });
   }
 
   /**
    * All that the authorization server advertises, and what the tools ask for once they are known. Without
-   * OIDC, what the resource advertises stands in for the former.
+   * OIDC, what the resource asks for stands in for the former. (Whether ChatGPT looks at that with OIDC, too, is
+   * not known; here it does not, so that nothing is granted only because of it.)
    */
-  #scopesToRequest(
-    { scopes_supported = [] }: AuthorizationServerMetadata,
-    resourceScopes: string[],
-  ): string[] {
+  #scopesToRequest({ metadata, resourceScopes }: Pick<Link, "metadata" | "resourceScopes">): string[] {
     const { oidcEnabled = true } = this.#options;
-    const toolScopes = this.tools.flatMap(securityScopes);
-    if (oidcEnabled) return unique([...scopes_supported, ...toolScopes]);
+    const toolScopes = [...this.tools.flatMap(securityScopes), ...this.#challengedScopes];
+    if (oidcEnabled) return unique([...metadata.scopes_supported ?? [], ...toolScopes]);
     return unique([...resourceScopes, ...toolScopes]).filter((scope) => !IDENTITY_SCOPES.has(scope));
   }
 
   async #authorize(request: Omit<Link, "tokens">): Promise<{ code: string; codeVerifier: string }> {
-    const { authorizationServer, metadata, resource, requestedScopes } = request;
+    const { authorizationServer, metadata, resource, requestedScopes, callbackId } = request;
     const scope = requestedScopes.join(" ");
     const state = randomBytes(330).toString("base64url"); // ChatGPT's can be longer than 400 characters
     const { authorizationUrl, codeVerifier } = await startAuthorization(authorizationServer, {
       ...request,
-      redirectUrl: REDIRECT_URL,
+      redirectUrl: redirectUrl(callbackId),
       scope,
       state,
     });
     const asked = `GET ${metadata.authorization_endpoint} resource=${resource} scope=${scope}`;
     const code = await this.#hop(5, "Sign-in and consent, in the browser", asked, async () => {
-      const { code, error, error_description, ...callback } = Object.fromEntries(
-        (await this.#options.browser(authorizationUrl)).searchParams,
-      );
-      if (callback.state !== state) throw new LinkError("The callback has another state");
+      const callback = await this.#options.browser(authorizationUrl);
+      const { code, error, error_description, ...answer } = Object.fromEntries(callback.searchParams);
+      if (answer.state !== state) throw new LinkError("The callback has another state");
+      // RFC 9207 §2.4: an answer of another server's, or one that does not say whose it is, is refused.
+      if ((promisesIssuer(metadata) || answer.iss !== undefined) && answer.iss !== metadata.issuer) {
+        throw new LinkError(
+          `The authorization response has the iss ${answer.iss ?? "(none)"}, expected ${metadata.issuer}`,
+        );
+      }
       if (!code) throw new LinkError(`${error}: ${error_description}`);
-      return [code, `302 to ${REDIRECT_URL} with a code`];
+      return [code, `302 to ${redirectUrl(callbackId)} with a code${answer.iss ? " and iss" : ""}`];
     });
     return { code, codeVerifier };
   }
@@ -254,11 +304,11 @@ export class Connector {
     authorizationCode: string,
     codeVerifier: string,
   ): Promise<OAuthTokens> {
-    const { authorizationServer, metadata, resource, requestedScopes } = request;
+    const { authorizationServer, metadata, resource, requestedScopes, callbackId } = request;
     const { oidcEnabled = true } = this.#options;
     const asked = `POST ${metadata.token_endpoint} grant_type=authorization_code resource=${resource}`;
     return this.#hop(6, "Token", asked, async () => {
-      const redirectUri = REDIRECT_URL;
+      const redirectUri = redirectUrl(callbackId);
       const tokens = await exchangeAuthorization(authorizationServer, {
         ...request,
         authorizationCode,
@@ -280,7 +330,8 @@ export class Connector {
     return this.#hop(7, "Tools", "initialize, tools/list with the token", async () => {
       await this.#client.close();
       await this.#client.connect(this.#transport());
-      const { tools } = await this.#client.listTools();
+      await this.#client.listTools(); // from then on the SDK checks results against their schemas
+      const { tools } = await this.#client.request({ method: "tools/list" }, ToolsResultSchema);
       return [tools, tools.map((tool) => tool.name).join(", ")];
     });
   }
@@ -305,13 +356,20 @@ export class Connector {
       fetch: async (url, init) => {
         const headers = new Headers(init?.headers);
         headers.set("authorization", `Bearer ${this.tokens.access_token}`);
-        const response = await fetch(url, { ...init, headers });
+        const response = await this.#fetch(url, { ...init, headers });
         if (response.status !== 401 && response.status !== 503) return response;
         const reason = response.headers.get("www-authenticate") ?? await response.text();
         throw new LinkError(`${response.status} ${reason}`);
       },
     });
   }
+
+  /** To the MCP server. */
+  readonly #fetch = (url: string | URL, init?: RequestInit): Promise<Response> => {
+    const headers = new Headers(init?.headers);
+    headers.set("user-agent", USER_AGENT);
+    return fetch(url, { ...init, headers });
+  };
 
   async #hop<Result>(
     number: number,
@@ -332,23 +390,61 @@ export class Connector {
   }
 }
 
-/** A client metadata document on loopback, in place of the one that chatgpt.com serves. */
-export async function publishClientMetadata(): Promise<{ url: string; close: () => Promise<void> }> {
-  const server = createServer((_, response) => {
-    response.setHeader("content-type", "application/json");
-    response.end(JSON.stringify({ ...CLIENT_METADATA, client_id: url }));
+/** Client metadata documents, in place of those that chatgpt.com serves. */
+export interface ClientDocuments {
+  /** `https://chatgpt.com/oauth/client.json`, or with `callbackId` that of one connection. */
+  url(callbackId?: string): string;
+  /** Signs what proves that ChatGPT is the client of the document. */
+  privateKey: JWK;
+  close(): Promise<void>;
+}
+
+/** Serves them on loopback. */
+export async function publishClientMetadata(): Promise<ClientDocuments> {
+  const { privateKey, publicKey } = await generateKeyPair("RS256", { extractable: true });
+  const publicJwk = { ...await exportJWK(publicKey), kid: "cimd", use: "sig", alg: "RS256" };
+  const server = createServer(({ url: path = "" }, response) => {
+    const [, callbackId] = /^\/oauth\/(.+)\/client\.json$/.exec(path) ?? [];
+    const document = path === "/oauth/jwks.json" ? { keys: [publicJwk] } : {
+      ...clientMetadata(callbackId),
+      client_id: `${origin}${path}`,
+      token_endpoint_auth_method: "private_key_jwt",
+      token_endpoint_auth_methods_supported: ["none", "private_key_jwt"],
+      token_endpoint_auth_signing_alg: "RS256",
+      jwks_uri: `${origin}/oauth/jwks.json`,
+    };
+    response.setHeader("content-type", "application/json").end(JSON.stringify(document));
   });
   server.listen(0, "127.0.0.1");
   await once(server, "listening");
-  const url = `http://localhost:${(server.address() as AddressInfo).port}/oauth/${randomUUID()}/client.json`;
+  const origin = `http://localhost:${(server.address() as AddressInfo).port}`;
   return {
-    url,
+    url: (callbackId) => `${origin}/oauth/${callbackId === undefined ? "" : `${callbackId}/`}client.json`,
+    privateKey: await exportJWK(privateKey),
     close: async () => {
       server.close();
       server.closeAllConnections();
       await once(server, "close");
     },
   };
+}
+
+/** What a challenge says, in a 401's header or in a tool error. */
+interface Challenge {
+  resourceMetadataUrl: URL | undefined;
+  scope: string[] | undefined;
+}
+
+function readChallenge(challenge: string): Challenge {
+  const response = new Response(null, { headers: { "www-authenticate": challenge } });
+  const { resourceMetadataUrl, scope } = extractWWWAuthenticateParams(response);
+  return { resourceMetadataUrl, scope: scope?.split(" ") };
+}
+
+/** Include Issuer in Authorization Responses. */
+function promisesIssuer(metadata: AuthorizationServerMetadata): boolean {
+  return "authorization_response_iss_parameter_supported" in metadata &&
+    metadata.authorization_response_iss_parameter_supported === true;
 }
 
 /** @throws {LinkError} where the granted scopes are not the requested ones. */
@@ -369,12 +465,10 @@ function grantedScopes(requested: string[], scope: string | undefined): string[]
   return scope === undefined ? requested : scope.split(" ").filter(Boolean);
 }
 
-/** The scopes of a tool's `securitySchemes`, which SDK v1 can only carry in `_meta`. */
-function securityScopes(tool: Tool): string[] {
-  const schemes = tool._meta?.securitySchemes;
-  return Array.isArray(schemes)
-    ? schemes.flatMap((scheme: { scopes?: string[] }) => scheme.scopes ?? [])
-    : [];
+/** `securitySchemes` as OpenAI documents it, or its mirror, which is all that SDK v1's `registerTool` lets through. */
+function securityScopes({ securitySchemes, _meta }: Tool): string[] {
+  const schemes = securitySchemes ?? ToolSchemaOfOpenAi.shape.securitySchemes.parse(_meta?.securitySchemes);
+  return schemes?.flatMap(({ scopes = [] }) => scopes) ?? [];
 }
 
 /** What kind of tokens came, never the tokens. */

@@ -3,9 +3,7 @@ import { readFileSync } from "node:fs";
 import { connect } from "node:net";
 import type { Socket } from "node:net";
 
-export const runtime = "Deno" in globalThis
-  ? `Deno ${process.versions.deno}`
-  : `Node ${process.versions.node}`;
+export const runtime = "Deno" in globalThis ? `Deno ${process.versions.deno}` : `Node ${process.versions.node}`;
 
 /** An MCP message as the bytes of an HTTP request, so that it can be made once and sent often. */
 export function toRequest(

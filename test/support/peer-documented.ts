@@ -41,21 +41,17 @@ function getServer(owner: string): McpServer {
     description: "Use this to learn which account is signed in. Not for tasks.",
     outputSchema: { id: z.string() },
     annotations: { readOnlyHint: true },
-  }, () => result(`Signed in as ${owner}`, { id: owner }));
+  }, () => result({ id: owner }));
   server.registerTool("list_tasks", {
     title: "List tasks",
-    description:
-      "Use this when the user asks what there is to do, and to find the id of a task before changing it.",
+    description: "Use this when the user asks what there is to do, and to find the id of a task before changing it.",
     inputSchema: {
       status: status.optional().describe("Only tasks with this status"),
-      limit: z.int().min(1).max(100).default(50).describe("How many at most"),
+      limit: z.int().min(1).max(100).default(20).describe("How many at most"),
     },
     outputSchema: { tasks: z.array(task) },
     annotations: { readOnlyHint: true },
-  }, async ({ status, limit }) => {
-    const tasks = await store.list(owner, { status, before: Number.MAX_SAFE_INTEGER, limit });
-    return result(`${tasks.length} tasks`, { tasks });
-  });
+  }, async ({ status, limit }) => result({ tasks: await store.list(owner, { status, limit }) }));
   server.registerTool("create_task", {
     title: "Create a task",
     description: "Use this when the user wants to remember or plan something new.",
@@ -63,8 +59,7 @@ function getServer(owner: string): McpServer {
     outputSchema: { task },
     annotations: { readOnlyHint: false },
   }, async ({ title, notes = null, due_at = null, idempotency_key }) => {
-    const created = await store.create(owner, { title, notes, due_at }, idempotency_key);
-    return result("Created", { task: created });
+    return result({ task: await store.create(owner, { title, notes, due_at }, idempotency_key) });
   });
   server.registerTool("update_task", {
     title: "Change a task",
@@ -72,19 +67,19 @@ function getServer(owner: string): McpServer {
     inputSchema: { id, title: title.optional(), notes, due_at, status: status.optional() },
     outputSchema: { task },
     annotations: { readOnlyHint: false },
-  }, async ({ id, ...changes }) => result("Changed", { task: await store.update(owner, id, changes) }));
+  }, async ({ id, ...changes }) => result({ task: await store.update(owner, id, changes) }));
   server.registerTool("delete_task", {
     title: "Delete a task",
     description: "Use this only when the user wants a task gone for good.",
     inputSchema: { id },
     outputSchema: { deleted: z.boolean() },
     annotations: { readOnlyHint: false },
-  }, async ({ id }) => result("Deleted", { deleted: await store.delete(owner, id) }));
+  }, async ({ id }) => result({ deleted: await store.delete(owner, id) }));
   return server;
 }
 
-function result(text: string, structuredContent: Record<string, unknown>) {
-  return { content: [{ type: "text" as const, text }], structuredContent };
+function result(structuredContent: Record<string, unknown>) {
+  return { content: [{ type: "text" as const, text: JSON.stringify(structuredContent) }], structuredContent };
 }
 
 createServer(async (request, response) => {

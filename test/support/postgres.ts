@@ -1,10 +1,10 @@
 /**
- * Starts a real PostgreSQL of the test's own: on a free port of loopback, with all its files in a temporary directory.
+ * Starts a real PostgreSQL of the test's own, and PgBouncer before it: on free ports of loopback, with all files in a
+ * temporary directory.
  *
  * NOT FOR PRODUCTION: it does not wait for the disk, so it survives being killed, but not a power cut.
  */
-import { execFileSync, spawn } from "node:child_process";
-import type { ChildProcessByStdio } from "node:child_process";
+import { execFile, spawn } from "node:child_process";
 import { randomUUID } from "node:crypto";
 import { once } from "node:events";
 import { existsSync } from "node:fs";
@@ -12,26 +12,75 @@ import { chown, mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { delimiter, join } from "node:path";
 import { createInterface } from "node:readline";
-import type { Readable, Writable } from "node:stream";
+import { promisify } from "node:util";
+import pg from "pg";
 import { freePort } from "./server.ts";
 
-/** Debian's package leaves the server's programs out of PATH. */
-const directories = ["/usr/lib/postgresql/15/bin", ...(process.env.PATH ?? "").split(delimiter)];
-const programs = directories.find((directory) =>
-  ["initdb", "postgres"].every((name) => existsSync(join(directory, name)))
-);
+/** Debian's packages leave these programs out of PATH. */
+const directories = ["/usr/lib/postgresql/15/bin", "/usr/sbin", ...(process.env.PATH ?? "").split(delimiter)];
 
-/** For a test's `skip`: why there is no PostgreSQL, or false. With REQUIRE_POSTGRES=1 the test fails instead. */
-export const noPostgres = programs === undefined && process.env.REQUIRE_POSTGRES !== "1"
-  ? `no initdb and postgres in ${directories.join(delimiter)}`
-  : false;
+function find(name: string): string | undefined {
+  return directories.map((directory) => join(directory, name)).find((path) => existsSync(path));
+}
 
-/** PostgreSQL refuses to be run by root. */
+/** For a test's `skip`: which of these programs is missing, or false. With REQUIRE_POSTGRES=1 the test fails instead. */
+function missing(...names: string[]): string | false {
+  const name = names.find((name) => find(name) === undefined);
+  return name !== undefined && process.env.REQUIRE_POSTGRES !== "1" &&
+    `no ${name} in ${directories.join(delimiter)}`;
+}
+
+export const noPostgres = missing("initdb", "postgres");
+export const noPgBouncer = missing("initdb", "postgres", "pgbouncer");
+
+/** Both refuse to be run by root. */
 const NOBODY = { uid: 65_534, gid: 65_534 };
+const user = process.getuid?.() === 0 ? NOBODY : {};
+
+async function newDirectory(): Promise<string> {
+  const directory = await mkdtemp(join(tmpdir(), "postgres-"));
+  if (user === NOBODY) await chown(directory, NOBODY.uid, NOBODY.gid);
+  return directory;
+}
+
+/**
+ * Runs a program until it is ended, or until this process has ended, however that happens.
+ *
+ * @param ready What it prints when it takes connections.
+ * @param signal Makes it end at once.
+ * @returns What ends it.
+ */
+async function run(name: string, args: string[], cwd: string, ready: string, signal: "QUIT" | "TERM") {
+  // The shell's input ends with this process.
+  const script = `"$@" & read -r _; kill -${signal} $!; wait`;
+  const program = spawn("sh", ["-c", script, "sh", find(name) ?? name, ...args], {
+    cwd,
+    ...user,
+    stdio: ["pipe", "ignore", "pipe"],
+  });
+  const ended = once(program, "close");
+  const lines: string[] = [];
+  const output = createInterface(program.stderr);
+  await new Promise((resolve, reject) => {
+    output.on("line", (line) => {
+      lines.push(line);
+      if (line.includes(ready)) resolve(line);
+    });
+    output.on("close", () => reject(new Error(lines.join("\n"))));
+  });
+  return async () => {
+    program.stdin.end();
+    await ended;
+  };
+}
 
 export interface Postgres {
   /** For DATABASE_URL. */
   url: string;
+  /** Makes an empty database beside it: its DATABASE_URL. */
+  newDatabase(): Promise<string>;
+  /** Runs a statement there, over one connection of its own: to open one costs more than most statements. */
+  query(statement: string): Promise<Record<string, unknown>[]>;
   /** Resolves when it takes connections. */
   start(): Promise<void>;
   /** Ends it as a crash would: what is not committed is lost. */
@@ -42,26 +91,18 @@ export interface Postgres {
 
 /** It takes connections with TLS, for a certificate that nobody trusts, and without. */
 export async function startPostgres(): Promise<Postgres> {
-  if (programs === undefined) throw new Error(`No initdb and postgres in ${directories.join(delimiter)}`);
-  const directory = await mkdtemp(join(tmpdir(), "postgres-"));
-  const [port, password] = [await freePort(), randomUUID()];
-  const passwordFile = join(directory, "password");
-  await writeFile(passwordFile, password, { mode: 0o600 });
-  const user = process.getuid?.() === 0 ? NOBODY : {};
-  if (user === NOBODY) {
-    for (const path of [directory, passwordFile]) await chown(path, NOBODY.uid, NOBODY.gid);
-  }
-  const options = { cwd: directory, ...user };
-
+  const directory = await newDirectory();
   const data = join(directory, "data");
-  execFileSync(join(programs, "initdb"), [
-    ...["--pgdata", data, "--username", "tasks", "--pwfile", passwordFile, "--auth", "scram-sha-256"],
-    ...["--encoding", "UTF8", "--locale", "C", "--no-sync"],
-  ], { ...options, stdio: "pipe" });
-  execFileSync("openssl", [
-    ...["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"],
-    ...["-keyout", join(data, "server.key"), "-out", join(data, "server.crt")],
-  ], { ...options, stdio: "pipe" });
+  const [port, password] = [await freePort(), randomUUID()];
+  await writeFile(join(directory, "password"), password);
+  await promisify(execFile)(find("initdb") ?? "initdb", [
+    ...["--pgdata", data, "--username", "tasks", "--pwfile", join(directory, "password")],
+    ...["--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C", "--no-sync"],
+  ], { cwd: directory, ...user });
+  await promisify(execFile)("openssl", [
+    ...["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"],
+    ...["-subj", "/CN=localhost", "-keyout", join(data, "server.key"), "-out", join(data, "server.crt")],
+  ], { cwd: directory, ...user });
 
   const settings = {
     port,
@@ -71,40 +112,88 @@ export async function startPostgres(): Promise<Postgres> {
     fsync: "off",
   };
   const flags = Object.entries(settings).flatMap(([name, value]) => ["-c", `${name}=${value}`]);
-  let server: ChildProcessByStdio<Writable, null, Readable>;
+  let kill = () => Promise.resolve();
 
   async function start() {
-    // The shell ends it when its input ends, so it outlives no test, however that one ends.
-    const script = '"$@" & read -r _; kill -QUIT $!; wait';
-    server = spawn("sh", ["-c", script, "sh", join(programs ?? "", "postgres"), "-D", data, ...flags], {
-      ...options,
-      stdio: ["pipe", "ignore", "pipe"],
-    });
-    const lines: string[] = [];
-    const output = createInterface(server.stderr);
-    await new Promise((resolve, reject) => {
-      output.on("line", (line) => {
-        lines.push(line);
-        if (line.includes("ready to accept connections")) resolve(line);
-      });
-      output.on("close", () => reject(new Error(lines.join("\n"))));
-    });
-  }
-
-  async function kill() {
-    const ended = once(server, "close");
-    server.stdin.end();
-    await ended;
+    kill = await run("postgres", ["-D", data, ...flags], directory, "ready to accept connections", "QUIT");
   }
 
   await start();
+  const url = `postgres://tasks:${password}@127.0.0.1:${port}/postgres`;
+  const pool = new pg.Pool({ connectionString: url, max: 1 });
+  pool.on("error", () => {}); // it was killed
+  const query = async (statement: string) => (await pool.query(statement)).rows;
+  let databases = 0;
   return {
-    url: `postgres://tasks:${password}@127.0.0.1:${port}/postgres`,
+    url,
+    async newDatabase() {
+      const name = `database_${++databases}`;
+      await query(`CREATE DATABASE ${name}`);
+      return new URL(`/${name}`, url).href;
+    },
+    query,
     start,
-    kill,
+    kill: () => kill(),
+    async close() {
+      await pool.end();
+      await kill();
+      await rm(directory, { recursive: true });
+    },
+  };
+}
+
+/**
+ * Stands before a database as a provider's pooler does: a connection to the database is a caller's for one transaction,
+ * then another's. As installed, it takes no parameters of a session that it would have to keep.
+ *
+ * @param url What `startPostgres` gives for a database.
+ * @param port Where one was before.
+ * @returns The same URL, through the pooler.
+ */
+export async function startPgBouncer(
+  url: string,
+  port?: number,
+): Promise<{ url: string; close(): Promise<void> }> {
+  const directory = await newDirectory();
+  const database = new URL(url);
+  const pooled = new URL(url);
+  pooled.port = String(port ?? await freePort());
+  const configuration = {
+    listen_addr: database.hostname,
+    listen_port: pooled.port,
+    unix_socket_dir: "",
+    auth_type: "scram-sha-256",
+    auth_file: join(directory, "users"),
+    pool_mode: "transaction",
+    default_pool_size: 4, // fewer than callers, so that they share
+  };
+  await writeFile(join(directory, "users"), `"${database.username}" "${database.password}"\n`);
+  await writeFile(
+    join(directory, "pgbouncer.ini"),
+    [
+      "[databases]",
+      `* = host=${database.hostname} port=${database.port}`,
+      "[pgbouncer]",
+      ...Object.entries(configuration).map((pair) => pair.join(" = ")),
+    ].join("\n"),
+  );
+  const kill = await run("pgbouncer", [join(directory, "pgbouncer.ini")], directory, "process up", "TERM");
+  return {
+    url: pooled.href,
     async close() {
       await kill();
       await rm(directory, { recursive: true });
     },
   };
+}
+
+/** Runs a statement in a database, over a connection of its own. */
+export async function queryOnce(url: string, statement: string): Promise<Record<string, unknown>[]> {
+  const client = new pg.Client(url);
+  await client.connect();
+  try {
+    return (await client.query(statement)).rows;
+  } finally {
+    await client.end();
+  }
 }

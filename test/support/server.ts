@@ -11,9 +11,11 @@ import { createServer, readSettings } from "../../server.ts";
 import { openTaskStore } from "../../tools.ts";
 import type { TaskStore } from "../../tools.ts";
 
-/** What makes this runtime read TypeScript, for processes started by a test; the test runner's own flags are left out. */
+/** What makes this runtime read TypeScript, for processes started by a test: nothing where Node does so by itself. */
 export const RUNTIME_FLAGS = "Deno" in globalThis
   ? ["run", "-A"]
+  : process.features.typescript
+  ? []
   : process.execArgv.filter((flag) => !flag.startsWith("--test"));
 
 /** Why a test of SQLite is skipped, or false where it runs. */

@@ -5,12 +5,14 @@
  *
  * What a request passes, in the order of the file: discovery and keys, registration, authorize with the
  * sign-in and consent page, the token endpoint, and the scopes and tokens that come out of it. Settings
- * bear the names of Auth0's dashboard and can be changed at any time. Behaviour follows Auth0's
- * documentation and what others have seen in the field (README, "What was tried"); the words of error
+ * bear the names of Auth0's dashboard and can be changed at any time (`tenant-settings.ts`). Behaviour follows
+ * Auth0's documentation and what others have seen in the field (README, "What was tried"); the words of error
  * messages that nobody has quoted are this file's own.
  *
- * Left out: /userinfo, /oauth/revoke, sessions, rate limits, custom domains, organizations, Rules, the
- * Management API and every grant but the three of the token endpoint.
+ * The Management API is that of `management.ts`, on the same settings.
+ *
+ * Left out: /userinfo, /oauth/revoke, sessions, rate limits, custom domains, organizations, Rules and every grant
+ * but the three of the token endpoint.
  */
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import { once } from "node:events";
@@ -21,21 +23,25 @@ import { text } from "node:stream/consumers";
 import { compileFunction } from "node:vm";
 import { OAuthClientMetadataSchema } from "@modelcontextprotocol/sdk/shared/auth.js";
 import {
+  createLocalJWKSet,
+  createRemoteJWKSet,
   type CryptoKey,
+  decodeJwt,
   EncryptJWT,
   exportJWK,
   generateKeyPair,
   type JWK,
   type JWTHeaderParameters,
   type JWTPayload,
+  jwtVerify,
   SignJWT,
 } from "jose";
+import { answerManagement } from "./management.ts";
+import { errorPage, pageText, signInPage } from "./tenant-pages.ts";
+import { ALICE, type Api, type Application, newTenant, OIDC_SCOPES } from "./tenant-settings.ts";
+import type { TenantSettings, User } from "./tenant-settings.ts";
 
-/** `scopes_supported` of every Auth0 tenant. An API's permissions are never among them. */
-export const OIDC_SCOPES = (
-  "openid profile offline_access name given_name family_name nickname " +
-  "email email_verified picture created_at identities phone address"
-).split(" ");
+export * from "./tenant-settings.ts";
 
 /** The scopes of OpenID Connect Core §5.4, which Auth0 grants for an API of one's own without an Action. */
 const STANDARD_SCOPES = ["openid", "profile", "email", "address", "phone"];
@@ -47,120 +53,9 @@ const AUTHORIZE_PARAMETERS = (
   "response_mode connection organization"
 ).split(" ");
 
+const JWT_BEARER = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
+
 const TOKEN_LIFETIME_SECONDS = 86_400;
-
-/** Two kinds since April 2026: Settings → Advanced → DCR Security Mode. */
-export type TenantKind = "permissive" | "strict";
-
-/** Applications → APIs. */
-export interface Api {
-  identifier: string;
-  allowOfflineAccess: boolean;
-  accessTokenProfile: "auth0" | "rfc9068";
-  permissions: string[];
-  /** Enable RBAC, together with Add Permissions in the Access Token. */
-  enableRbac: boolean;
-  /** User-Delegated Access of third-party applications: left out is Unauthorized. */
-  defaultPermissionsForThirdPartyApplications?: string[];
-}
-
-/** User Management → Users. */
-export interface User {
-  sub: string;
-  email: string;
-  name: string;
-  permissions: string[];
-}
-
-/** Applications → Applications, where clients that register themselves appear too. */
-export interface Application {
-  clientId: string;
-  /** The document's URL, by which a client imported from it goes. */
-  externalClientId?: string;
-  clientSecret?: string;
-  name: string;
-  party: "first-party" | TenantKind;
-  callbackUrls: string[];
-  grantTypes: string[];
-  /** Identifiers of the APIs that a machine-to-machine application is authorized for. */
-  authorizedApis?: string[];
-}
-
-export interface TenantSettings {
-  kind: TenantKind;
-  dynamicClientRegistration: boolean;
-  clientIdMetadataDocumentRegistration: boolean;
-  defaultAudience: string;
-  resourceParameterCompatibilityProfile: boolean;
-  /** Settings → Advanced: `iss` with every answer of /authorize (RFC 9207). */
-  includeIssuerInAuthorizationResponses: boolean;
-  apis: Api[];
-  /** Authentication → Database, Social, Enterprise. */
-  connections: { name: string; domainLevel: boolean }[];
-  applications: Application[];
-  applicationLimit: number;
-  /** Whether `auth0-action.js` is in the post-login flow. */
-  postLoginAction: boolean;
-  users: User[];
-  /** What a token without an API looks like: Auth0 issues either. */
-  userinfoToken: "encrypted" | "opaque";
-}
-
-export const ALICE: User = { sub: "auth0|alice", email: "alice@example.com", name: "Alice", permissions: [] };
-export const BOB: User = { sub: "auth0|bob", email: "bob@example.com", name: "Bob", permissions: [] };
-
-/** A tenant as Auth0 hands it over, with two users in it. */
-export function newTenant(kind: TenantKind): TenantSettings {
-  return {
-    kind,
-    dynamicClientRegistration: false,
-    clientIdMetadataDocumentRegistration: false,
-    defaultAudience: "",
-    resourceParameterCompatibilityProfile: false,
-    includeIssuerInAuthorizationResponses: false,
-    apis: [],
-    connections: [{ name: "Username-Password-Authentication", domainLevel: false }],
-    applications: [],
-    applicationLimit: 10,
-    postLoginAction: false,
-    users: [{ ...ALICE }, { ...BOB }],
-    userinfoToken: "encrypted",
-  };
-}
-
-/** The tenant after every step of the README's guide. */
-export function configuredTenant(kind: TenantKind, mcpServerUrl: string): TenantSettings {
-  const permissions = ["tasks:read", "tasks:write"];
-  return {
-    ...newTenant(kind),
-    // Step 1: the API; its Default Permissions count on a strict tenant only.
-    apis: [{
-      identifier: mcpServerUrl,
-      allowOfflineAccess: true,
-      accessTokenProfile: "auth0",
-      permissions,
-      enableRbac: false,
-      defaultPermissionsForThirdPartyApplications: permissions,
-    }],
-    // Step 2: tenant settings.
-    defaultAudience: mcpServerUrl,
-    dynamicClientRegistration: true,
-    // Step 3: the connection.
-    connections: [{ name: "Username-Password-Authentication", domainLevel: true }],
-    // Step 4: the Action.
-    postLoginAction: true,
-    // Step 6: the machine-to-machine application.
-    applications: [{
-      clientId: "machine",
-      clientSecret: "machine-secret",
-      name: "MCP Server Test Client",
-      party: "first-party",
-      callbackUrls: [],
-      grantTypes: ["client_credentials"],
-      authorizedApis: [mcpServerUrl],
-    }],
-  };
-}
 
 /** A post-login Action, with the parts of `event` and `api` that this project's looks at. */
 export type PostLoginAction = (
@@ -227,6 +122,10 @@ export class Tenant {
   jwksRequests = 0;
   /** Answers the requests for the key set instead of the tenant, to make them fail. */
   answerJwks: ((response: ServerResponse) => void) | undefined;
+  /** Breaks the promise that the metadata makes when the issuer is to be included in authorization responses. */
+  withholdsIssuer = false;
+  /** Stands before the Management API, to make it fail: `request` is method and path, `answer` does what it asks. */
+  beforeManagement = (_request: string, answer: () => Promise<Response>): Promise<Response> => answer();
 
   readonly #server: Server;
   readonly #action = loadAction();
@@ -234,7 +133,7 @@ export class Tenant {
   #signingKeys: [SigningKey, ...SigningKey[]];
   readonly #codes = new Map<string, Grant>();
   /** A refresh token that has been used stays, so that its reuse is noticed. */
-  readonly #refreshTokens = new Map<string, { grant: Grant; used: boolean }>();
+  readonly #refreshTokens = new Map<string, { grant: Grant; usedAt?: number }>();
 
   constructor(settings: TenantSettings, signingKey: SigningKey) {
     this.settings = settings;
@@ -294,8 +193,8 @@ export class Tenant {
 
   /** Applications → Create Application → Import from URL. Auth0 takes https only; here loopback is fine. */
   async importFromUrl(url: string): Promise<void> {
-    const document: unknown = await (await fetch(url)).json();
-    const { client_name, redirect_uris } = OAuthClientMetadataSchema.parse(document);
+    const document = OAuthClientMetadataSchema.parse(await (await fetch(url)).json());
+    const { client_name, redirect_uris, token_endpoint_auth_method, jwks, jwks_uri } = document;
     this.settings.applications.push({
       clientId: `tpc_${randomId()}`,
       externalClientId: url,
@@ -303,11 +202,14 @@ export class Tenant {
       party: "strict", // whatever the tenant's kind
       callbackUrls: redirect_uris,
       grantTypes: ["authorization_code", "refresh_token"],
+      ...(token_endpoint_auth_method === "private_key_jwt" && (jwks_uri ? { jwksUri: jwks_uri } : { jwks })),
     });
   }
 
   async #answer(request: IncomingMessage, response: ServerResponse): Promise<void> {
     const { pathname, searchParams } = new URL(request.url ?? "/", this.origin);
+    // All but the sign-in page may be asked by a script in a browser, from anywhere.
+    if (pathname !== "/authorize") response.setHeader("access-control-allow-origin", "*");
     if (pathname === "/.well-known/jwks.json") {
       this.jwksRequests++;
       if (this.answerJwks) return this.answerJwks(response);
@@ -317,7 +219,6 @@ export class Tenant {
         ? error
         : new OAuthError("server_error", String(error), 500);
       this.#log("f", message);
-      // Errors of third-party clients stay on a page of Auth0's and in its logs: the client never learns.
       if (pathname === "/authorize") return errorPage(`${code}: ${message}`, status);
       return Response.json({ error: code, error_description: message }, { status });
     });
@@ -340,8 +241,26 @@ export class Tenant {
       case "POST /oauth/token":
         return this.#token(await readParameters(request));
       default:
+        if (route.includes(" /api/v2/")) return this.#manage(request);
+        if (request.method === "OPTIONS") return preflight(request);
         throw new OAuthError("not_found", "Not found.", 404);
     }
+  }
+
+  async #manage(request: IncomingMessage): Promise<Response> {
+    const { method = "", headers: { authorization = "" } } = request;
+    const url = new URL(request.url ?? "", this.origin);
+    const body = await text(request);
+    return this.beforeManagement(
+      `${method} ${url.pathname.replace("/api/v2/", "")}`,
+      () =>
+        answerManagement(this.settings, (document) => this.importFromUrl(document), {
+          method,
+          url,
+          authorization,
+          body,
+        }),
+    );
   }
 
   /** The same document at both addresses. It lists registration whether or not that is switched on. */
@@ -401,28 +320,52 @@ export class Tenant {
 
   /** The sign-in and consent page, and with `form` what was filled in there. */
   #authorize(query: URLSearchParams, form?: URLSearchParams): Response {
-    const request = this.#checkAuthorizationRequest(query);
-    const { application, redirectUri, requestedScopes } = request;
-    if (!form) return signInPage(application, requestedScopes);
-
-    const callback = new URL(redirectUri);
-    const state = query.get("state");
-    if (state !== null) callback.searchParams.set("state", state);
-    if (form.get("decision") !== "accept") {
-      callback.searchParams.set("error", "access_denied");
-      callback.searchParams.set("error_description", "User did not authorize the request");
-    } else {
-      const user = this.settings.users.find(({ email }) => email === form.get("email"));
-      if (!user) return signInPage(application, requestedScopes, "Wrong email");
-      const code = randomId();
-      this.#codes.set(code, { ...request, user, revoked: false });
-      this.#log("s", `${user.email} signed in`);
-      callback.searchParams.set("code", code);
+    const application = this.#checkClient(query);
+    let request: AuthorizationRequest;
+    try {
+      request = this.#checkAuthorizationRequest(application, query);
+    } catch (error) {
+      // Errors of third-party clients stay on a page of Auth0's and in its logs: the client never learns.
+      if (!(error instanceof OAuthError) || application.party !== "first-party") throw error;
+      return this.#refuse(query, error.code, error.message);
     }
+    if (!form) return this.#signInPage(request);
+    if (form.get("decision") !== "accept") {
+      return this.#refuse(query, "access_denied", "User did not authorize the request");
+    }
+    const user = this.settings.users.find(({ email }) => email === form.get("email"));
+    if (!user) return this.#signInPage(request, "Wrong email");
+    const code = randomId();
+    this.#codes.set(code, { ...request, user, revoked: false });
+    this.#log("s", `${user.email} signed in`);
+    return this.#callBack(query, { code });
+  }
+
+  #refuse(query: URLSearchParams, error: string, description: string): Response {
+    this.#log("f", description);
+    return this.#callBack(query, { error, error_description: description });
+  }
+
+  #signInPage({ application, requestedScopes }: AuthorizationRequest, problem?: string): Response {
+    return signInPage(application, requestedScopes, this.settings.users, problem);
+  }
+
+  /** Sends the browser back to the client. */
+  #callBack(query: URLSearchParams, answer: Record<string, string>): Response {
+    const callback = new URL(query.get("redirect_uri") ?? "");
+    const state = query.get("state");
+    const isIssuerIncluded = this.settings.includeIssuerInAuthorizationResponses && !this.withholdsIssuer;
+    const parameters = {
+      ...answer,
+      ...(state !== null && { state }),
+      ...(isIssuerIncluded && { iss: this.issuer }),
+    };
+    for (const [name, value] of Object.entries(parameters)) callback.searchParams.set(name, value);
     return new Response(null, { status: 302, headers: { location: callback.href } });
   }
 
-  #checkAuthorizationRequest(query: URLSearchParams): AuthorizationRequest {
+  /** An error here is for the user alone: where to send the browser is not known yet (RFC 6749 §4.1.2.1). */
+  #checkClient(query: URLSearchParams): Application {
     const clientId = query.get("client_id") ?? "";
     const application = this.#findApplication(clientId);
     if (!application) throw new OAuthError("invalid_request", `Unknown client: ${clientId}`);
@@ -432,6 +375,10 @@ export class Tenant {
     ) {
       throw new OAuthError("invalid_request", `Callback URL mismatch: ${redirectUri}`);
     }
+    return application;
+  }
+
+  #checkAuthorizationRequest(application: Application, query: URLSearchParams): AuthorizationRequest {
     if (query.get("response_type") !== "code") {
       throw new OAuthError("unsupported_response_type", "response_type must be code");
     }
@@ -448,13 +395,14 @@ export class Tenant {
         `Client "${application.clientId}" is not authorized to access resource server "${api.identifier}"`,
       );
     }
-    const { connections } = this.settings;
-    if (!connections.some(({ domainLevel }) => application.party === "first-party" || domainLevel)) {
+    const isEnabled = ({ name, domainLevel }: TenantSettings["connections"][number]) =>
+      application.party === "first-party" ? application.connections?.includes(name) : domainLevel;
+    if (!this.settings.connections.some(isEnabled)) {
       throw new OAuthError("invalid_request", "no connections enabled for the client");
     }
     return {
       application,
-      redirectUri,
+      redirectUri: query.get("redirect_uri") ?? "",
       api,
       requestedScopes: query.get("scope")?.split(" ").filter(Boolean) ?? [],
       ...(codeChallenge && { codeChallenge }),
@@ -477,10 +425,7 @@ export class Tenant {
   }
 
   async #token(parameters: URLSearchParams): Promise<Response> {
-    const application = this.#findApplication(parameters.get("client_id") ?? "");
-    if (!application || application.clientSecret !== (parameters.get("client_secret") ?? undefined)) {
-      throw new OAuthError("invalid_client", "Unauthorized", 401);
-    }
+    const application = await this.#authenticateClient(parameters);
     const grantType = parameters.get("grant_type") ?? "";
     if (!application.grantTypes.includes(grantType)) {
       throw new OAuthError(
@@ -498,6 +443,33 @@ export class Tenant {
       { ...tokens, token_type: "Bearer", expires_in: TOKEN_LIFETIME_SECONDS },
       { headers: { "cache-control": "no-store" } },
     );
+  }
+
+  /** By a signed assertion (RFC 7523 §2.2), by a secret, or, for a public client, by nothing. */
+  async #authenticateClient(parameters: URLSearchParams): Promise<Application> {
+    try {
+      const assertion = parameters.get("client_assertion");
+      const clientId = parameters.get("client_id") ?? decodeJwt(assertion ?? "").sub ?? "";
+      const application = this.#findApplication(clientId);
+      const { jwks, jwksUri, clientSecret } = application ?? {};
+      if (jwks ?? jwksUri) {
+        if (parameters.get("client_assertion_type") !== JWT_BEARER) throw new Error("Wrong assertion type");
+        const keys = jwks ? createLocalJWKSet(jwks) : createRemoteJWKSet(new URL(jwksUri ?? ""));
+        await jwtVerify(assertion ?? "", keys, {
+          algorithms: ["RS256", "RS384", "PS256"],
+          issuer: clientId,
+          subject: clientId,
+          audience: [this.issuer, `${this.origin}/oauth/token`],
+          requiredClaims: ["exp", "jti"],
+        });
+      } else if (clientSecret !== (parameters.get("client_secret") ?? undefined)) {
+        throw new Error("Wrong client secret");
+      }
+      if (!application) throw new Error(`Unknown client: ${clientId}`);
+      return application;
+    } catch {
+      throw new OAuthError("invalid_client", "Unauthorized", 401);
+    }
   }
 
   #exchangeCode(application: Application, parameters: URLSearchParams): Promise<TokenReply> {
@@ -518,14 +490,20 @@ export class Tenant {
     return this.#issueTokens(grant, "oidc-basic-profile");
   }
 
-  /** Each refresh token is for one use. A second use means theft, and ends all its kin (RFC 9700 §4.14.2). */
+  /**
+   * Each refresh token is for one use. A second use means theft, and ends all its kin (RFC 9700 §4.14.2), unless it
+   * comes within the overlap period, as that of a client does that refreshes several times at once.
+   */
   #refresh(application: Application, parameters: URLSearchParams): Promise<TokenReply> {
     const refreshToken = this.#refreshTokens.get(parameters.get("refresh_token") ?? "");
-    if (refreshToken?.used) refreshToken.grant.revoked = true;
+    const overlapMs = (application.rotationOverlap ?? 0) * 1000;
+    if (refreshToken?.usedAt !== undefined && Date.now() - refreshToken.usedAt >= overlapMs) {
+      refreshToken.grant.revoked = true;
+    }
     if (refreshToken?.grant.application !== application || refreshToken.grant.revoked) {
       throw new OAuthError("invalid_grant", "Unknown or invalid refresh token.", 403);
     }
-    refreshToken.used = true;
+    refreshToken.usedAt ??= Date.now();
     this.#log("sertft", "Success Exchange: refresh token for access token");
     return this.#issueTokens(refreshToken.grant, "oauth2-refresh-token");
   }
@@ -544,7 +522,7 @@ export class Tenant {
     const scopes = await this.#grantScopes(grant, protocol);
     const mayRefresh = this.#policyScopes(grant).includes("offline_access");
     const refreshToken = randomId();
-    if (mayRefresh) this.#refreshTokens.set(refreshToken, { grant, used: false });
+    if (mayRefresh) this.#refreshTokens.set(refreshToken, { grant });
     const permissions = api?.enableRbac && { permissions: this.#permissions(grant) };
     return {
       access_token: await this.#accessToken(api, application, scopes, { sub: user.sub, ...permissions }),
@@ -585,7 +563,9 @@ export class Tenant {
     const { application, api } = grant;
     const permissions = this.#permissions(grant);
     return grant.requestedScopes.filter((scope) => {
-      if (scope === "offline_access") return api?.allowOfflineAccess ?? true;
+      if (scope === "offline_access") {
+        return application.grantTypes.includes("refresh_token") && (api?.allowOfflineAccess ?? true);
+      }
       if (OIDC_SCOPES.includes(scope)) {
         return application.party !== "strict" && STANDARD_SCOPES.includes(scope);
       }
@@ -630,6 +610,9 @@ export class Tenant {
   }
 }
 
+/** The first key of every tenant of this process: to make one takes longer than all the rest of a start. */
+let firstSigningKey: Promise<SigningKey> | undefined;
+
 /**
  * Starts a tenant on loopback.
  *
@@ -639,7 +622,7 @@ export class Tenant {
 export async function startTenant(settings: Partial<TenantSettings> = {}, port = 0): Promise<Tenant> {
   const tenant = new Tenant(
     { ...newTenant(settings.kind ?? "permissive"), ...settings },
-    await newSigningKey(),
+    await (firstSigningKey ??= newSigningKey()),
   );
   await tenant.listen(port);
   return tenant;
@@ -656,49 +639,12 @@ export async function signIn(
   { email }: Pick<User, "email">,
   decision: "accept" | "decline" = "accept",
 ): Promise<URL> {
-  const page = await fetch(authorizeUrl);
-  if (!page.ok) throw new Error(pageText(await page.text()));
+  const page = await fetch(authorizeUrl, { redirect: "manual" });
   const form = new URLSearchParams({ email, decision });
-  const reply = await fetch(authorizeUrl, { method: "POST", body: form, redirect: "manual" });
+  const reply = page.ok ? await fetch(authorizeUrl, { method: "POST", body: form, redirect: "manual" }) : page;
   const location = reply.headers.get("location");
   if (!location) throw new Error(pageText(await reply.text()));
   return new URL(location);
-}
-
-function signInPage({ name }: Application, scopes: string[], problem = ""): Response {
-  return page(
-    "Log in",
-    `<p>${escapeHtml(name)} asks for access to your account. This stand-in tenant needs no password.</p>
-<p role="alert">${problem}</p>
-<form method="post">
-<p><label>Email address <input name="email" type="email" autocomplete="username" required autofocus></label></p>
-<p>It will be allowed:</p><ul>${scopes.map((scope) => `<li>${escapeHtml(scope)}</li>`).join("")}</ul>
-<button name="decision" value="accept">Accept</button>
-<button name="decision" value="decline" formnovalidate>Decline</button>
-</form>`,
-    problem ? 400 : 200,
-  );
-}
-
-function errorPage(details: string, status: number): Response {
-  return page("Oops!, something went wrong", escapeHtml(details), status);
-}
-
-function page(title: string, body: string, status: number): Response {
-  const html = `<!doctype html><html lang="en"><head><meta charset="utf-8"><title>${title}</title></head>
-<body><main><h1>${title}</h1>${body}</main></body></html>`;
-  return new Response(html, { status, headers: { "content-type": "text/html; charset=utf-8" } });
-}
-
-/** For text between tags only. */
-function escapeHtml(value: string): string {
-  return value.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
-}
-
-/** The visible text of a page, in one line. */
-function pageText(html: string): string {
-  const [body = ""] = /<main>.*<\/main>/s.exec(html) ?? [];
-  return body.replace(/<[^>]+>/g, " ").replace(/\s+/g, " ").trim();
 }
 
 /** Reads a token request: a form or JSON, the client in it or in the Authorization header. */
@@ -713,6 +659,18 @@ async function readParameters(request: IncomingMessage): Promise<URLSearchParams
     parameters.set("client_secret", decodeURIComponent(clientSecret));
   }
   return parameters;
+}
+
+/** Lets a browser's script send what it likes: nothing here depends on cookies. */
+function preflight({ headers }: IncomingMessage): Response {
+  return new Response(null, {
+    status: 204,
+    headers: {
+      "access-control-allow-methods": "GET, POST",
+      // Not *, which leaves Authorization out.
+      "access-control-allow-headers": headers["access-control-request-headers"] ?? "*",
+    },
+  });
 }
 
 /** A callback on loopback may use any port (RFC 8252 §7.3). */

@@ -1,0 +1,172 @@
+/** `npm run setup`: shows what Steps 1 to 5 of the README still need on a tenant, and does it, as `HELP` says. */
+import { realpathSync } from "node:fs";
+import { createInterface } from "node:readline/promises";
+import { setTimeout as delay } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
+import { parseArgs } from "node:util";
+import { reason } from "../../auth.ts";
+import { readEnvironment, readSettings } from "../../server.ts";
+import { plan, type Setting, type State, WAYS } from "../support/guide.ts";
+import { ManagementClient, type Wait } from "../support/management-client.ts";
+
+const HELP = `Usage: npm run setup -- [--way WAY] [--connection NAME] [--document URL] [--apply [--yes]]
+
+Shows what Steps 1 to 5 of the README still need on this tenant, one line a setting: ok, to do (what is there → what
+will be), or by hand (what Auth0's API cannot do, or what is not ours to decide). Changes nothing without --apply.
+
+  --way WAY          how ChatGPT becomes a client: cimd (its document is imported), register (it registers itself) or
+                     fixed (an application that you make). Not given: what the tenant is set to already, else cimd
+  --connection NAME  the connection to promote, where there are several
+  --document URL     the document to import, where it is not https://chatgpt.com/oauth/client.json: it stands on the
+                     connection's page in ChatGPT
+  --apply            do what is to do, and stop at the first line that is by hand
+  --yes              do not ask before
+  --help             show this
+
+Reads the server's environment, and AUTH0_MANAGEMENT_TOKEN: Auth0 Dashboard → Applications → APIs → Auth0 Management
+API → API Explorer shows one, good for 24 hours. It needs read: and update: of tenant_settings, resource_servers,
+connections and actions, read: of client_grants and clients, and create: of resource_servers, client_grants, clients
+and actions.
+
+Only ever adds: a value that is there, and on which another application may depend, is left for you to decide. Run it
+again after a failure: it goes on with what is left. Exits with 0 when nothing is left to do, with 1 otherwise. The
+token is neither printed nor kept.`;
+
+const NO_TOKEN = "AUTH0_MANAGEMENT_TOKEN is missing: copy it from Auth0 Dashboard → Applications → APIs → Auth0 " +
+  "Management API → API Explorer, and put it into .env";
+
+export interface Options {
+  way?: string | undefined;
+  connection?: string | undefined;
+  document?: string | undefined;
+  apply?: boolean | undefined;
+  yes?: boolean | undefined;
+}
+
+export type Line = Omit<Setting, "read"> & State;
+
+/** What is there of each setting. Changes nothing. */
+export async function look(settings: Setting[]): Promise<Line[]> {
+  const lines: Line[] = [];
+  for (const { read, ...setting } of settings) lines.push({ ...setting, ...await read() });
+  return lines;
+}
+
+/**
+ * @param env AUTH0_DOMAIN and MCP_SERVER_URL as the server reads them, and AUTH0_MANAGEMENT_TOKEN.
+ * @param print Takes a line, or several.
+ * @param ask Whether to go on. Left out where nobody can be asked.
+ * @returns The exit status.
+ * @throws {Error} What is wrong with the environment, in the server's words.
+ */
+export async function setup(
+  env: Record<string, string | undefined>,
+  options: Options,
+  print: (text: string) => void,
+  ask?: (question: string) => Promise<boolean>,
+  wait: Wait = delay,
+): Promise<number> {
+  const { issuer, serverUrl } = readSettings(env);
+  const token = env.AUTH0_MANAGEMENT_TOKEN?.trim() ?? "";
+  // Names and messages come from outside: neither the token nor terminal codes are printed with them.
+  const say = (text: string) => print(text.replaceAll(token || "\0", "(hidden)").replace(/[^\P{Cc}\n]/gu, "?"));
+  try {
+    const { connection, document, apply, yes } = options;
+    const way = WAYS.find((one) => one === options.way);
+    if (options.way !== undefined && !way) throw new Error(`--way must be one of ${WAYS.join(", ")}`);
+    if (document !== undefined && !URL.canParse(document)) throw new Error("--document must be a URL");
+    if (apply && !yes && !ask) {
+      throw new Error("--apply asks first, and there is no terminal to ask on: add --yes");
+    }
+    if (!token) throw new Error(NO_TOKEN);
+
+    const auth0 = new ManagementClient(issuer, token, wait, say);
+    const { about, settings } = await plan(auth0, { serverUrl, way, document, connection });
+    say(`${about}\n`);
+    const lines = await look(settings);
+    for (const line of lines) say(describe(line));
+
+    const left = lines.filter(({ status }) => status !== "ok");
+    if (left.length === 0) return succeed(say);
+    const toDo = left.filter(({ status }) => status === "to do").length;
+    if (!apply || left[0]?.status === "by hand") {
+      const hint = toDo > 0 && !apply ? " npm run setup -- --apply does what is to do." : "";
+      say(`\n${toDo} to do, ${left.length - toDo} by hand.${hint}`);
+      return 1;
+    }
+    if (!yes && !await ask?.(`\nDo what is to do, in ${issuer}? [y/N] `)) {
+      say("Nothing was changed.");
+      return 1;
+    }
+    say("");
+    auth0.forget(); // something may have changed while the question stood
+    const stop = await applyAll(settings, say);
+    if (!stop) return succeed(say);
+    say(`\nStopped at what is by hand: Step ${stop.step}, ${stop.what}. Run this again when it is done.`);
+    return 1;
+  } catch (error) {
+    say(reason(error));
+    return 1;
+  }
+}
+
+function succeed(say: (text: string) => void): number {
+  say("\nNothing is left to do: on to Step 7.");
+  return 0;
+}
+
+/** @returns The setting that only a person can go on with. */
+async function applyAll(settings: Setting[], say: (text: string) => void): Promise<Setting | undefined> {
+  for (const setting of settings) {
+    const { step, what, read } = setting;
+    const before = await read();
+    if (before.status === "by hand") return setting;
+    if (before.status === "ok") continue;
+    await before.apply();
+    const after = await read();
+    if (after.status !== "ok") {
+      throw new Error(`${what}: Auth0 took the change, and still says ${after.found}`);
+    }
+    say(describe({ step, what, ...after }, "done"));
+  }
+  return undefined;
+}
+
+function describe({ step, what, ...state }: Line, mark: string = state.status): string {
+  const more = state.status === "to do" ? ` → ${state.will}` : state.status === "by hand" ? `\n${state.how}` : "";
+  const text = `${what}: ${state.found}${more}`;
+  return `${mark.padEnd(9)}Step ${step}  ${text.replaceAll("\n", `\n${" ".repeat(17)}`)}`;
+}
+
+async function main(): Promise<number> {
+  const { values: { help, ...options } } = parseArgs({
+    options: {
+      way: { type: "string" },
+      connection: { type: "string" },
+      document: { type: "string" },
+      apply: { type: "boolean" },
+      yes: { type: "boolean" },
+      help: { type: "boolean" },
+    },
+  });
+  if (help) {
+    console.log(HELP);
+    return 0;
+  }
+  const { env, differences } = readEnvironment();
+  for (const line of differences) console.error(line);
+  return await setup(env, options, console.log, process.stdin.isTTY ? askOnTerminal : undefined);
+}
+
+async function askOnTerminal(question: string): Promise<boolean> {
+  const terminal = createInterface({ input: process.stdin, output: process.stdout });
+  const answer = await terminal.question(question).finally(() => terminal.close());
+  return /^y(es)?$/i.test(answer.trim());
+}
+
+if (process.argv[1] !== undefined && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
+  process.exitCode = await main().catch((error: unknown) => {
+    console.error(error instanceof Error ? error.message : error);
+    return 1;
+  });
+}

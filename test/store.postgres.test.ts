@@ -1,0 +1,391 @@
+/** What a store on PostgreSQL owes beyond the contract of every store: as to its driver, the network, and poolers. */
+import assert from "node:assert/strict";
+import { once } from "node:events";
+import { cp, mkdir, mkdtemp, rm, symlink } from "node:fs/promises";
+import * as net from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+import { setTimeout as delay } from "node:timers/promises";
+import { pathToFileURL } from "node:url";
+import pg from "pg";
+import { openTaskStore } from "../tools.ts";
+import type { TaskStore } from "../tools.ts";
+import { noPgBouncer, noPostgres, startPgBouncer, startPostgres } from "./support/postgres.ts";
+import type { Postgres } from "./support/postgres.ts";
+import { freePort, spawnServer } from "./support/server.ts";
+
+const ROOT = join(import.meta.dirname, "..");
+/** What a pool may open. */
+const CONNECTIONS = 10;
+/** In milliseconds: two time-outs of a call, 8 seconds, and what a busy machine adds. TCP alone would take 15 minutes. */
+const BOUNDED = 20_000;
+
+let postgres: Postgres;
+/** A database that stores have used before. */
+let url: string;
+
+before(async () => {
+  if (noPostgres !== false) return;
+  postgres = await startPostgres();
+  url = postgres.url;
+  await (await openTaskStore(url, () => {})).close();
+});
+
+/** What tests have opened. Inside `describe`, Deno 2 never calls what `t.after` is given. */
+const closing: (() => unknown)[] = [];
+
+after(async () => {
+  for (const close of closing.toReversed()) await close();
+  await postgres?.close();
+});
+
+const task = (title: string) => ({ title, notes: null, due_at: null });
+
+async function open(
+  url: string,
+  warn: (line: string) => void = () => {},
+): Promise<TaskStore> {
+  const store = await openTaskStore(url, warn);
+  closing.push(() => store.close());
+  return store;
+}
+
+const titles = async (store: TaskStore, owner: string) =>
+  (await store.list(owner, { limit: 1_000 })).map(({ title }) => title);
+
+/** Tells a store's connections from those of others. */
+const named = (url: string, name: string) => `${url}?application_name=${name}`;
+
+/** What each of a store's connections is doing, as the database sees it. */
+async function activity(name: string): Promise<unknown[]> {
+  const rows = await postgres.query(`SELECT state FROM pg_stat_activity WHERE application_name = '${name}'`);
+  return rows.map(({ state }) => state);
+}
+
+function endConnections(name: string): Promise<unknown> {
+  return postgres.query(
+    `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = '${name}'`,
+  );
+}
+
+/** Holds the locks that a statement takes, until what this returns is called or the test ends. */
+async function lock(url: string, statement: string): Promise<() => Promise<void>> {
+  const client = new pg.Client(url);
+  await client.connect();
+  const unlock = () => client.end();
+  closing.push(unlock);
+  await client.query(`BEGIN; ${statement}`);
+  return unlock;
+}
+
+const lockTask = (id: string | undefined) => lock(url, `SELECT FROM tasks WHERE id = '${id}' FOR UPDATE`);
+
+/** Stands between a store and the database, to be what a network can be. */
+async function startProxy() {
+  const sockets = new Set<net.Socket>();
+  const server = net.createServer((client) => {
+    const database = net.connect(Number(new URL(url).port), "127.0.0.1");
+    for (const [from, to] of [[client, database], [database, client]] as const) {
+      sockets.add(from);
+      from.on("data", (data) => proxy.passes(`${data}`, from === database) && to.write(data));
+      from.on("close", () => proxy.passes("", from === database) && to.destroy());
+      from.on("error", () => {});
+    }
+  }).listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address() as net.AddressInfo;
+  const proxy = {
+    url: url.replace(/:\d+\//, `:${port}/`),
+    /** Whether data, or with "" the end of the connection, gets through to the other side. */
+    passes: (_data: string, _isFromDatabase: boolean) => true,
+    listen: () => server.listen(port, "127.0.0.1"),
+    close() {
+      server.close();
+      for (const socket of sockets) socket.destroy();
+    },
+  };
+  closing.push(proxy.close);
+  return proxy;
+}
+
+describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout: 60_000 }, () => {
+  test("is opened by servers that start at once on an empty database", async () => {
+    const empty = await postgres.newDatabase();
+    // Holds all of them up at the same place, since on a busy machine they would come one by one.
+    const unlock = await lock(empty, "CREATE TABLE schema_changes ()");
+    const starts = Array.from({ length: 24 }, () => openTaskStore(named(empty, "start"), () => {}));
+    const waiting = "SELECT FROM pg_stat_activity WHERE application_name = 'start' AND wait_event_type = 'Lock'";
+    while ((await postgres.query(waiting)).length < starts.length);
+    await unlock();
+    for (const store of await Promise.all(starts)) await store.close();
+  });
+
+  test("is opened with the URLs that providers hand out, and encrypted as their sslmode says", async () => {
+    const forms = {
+      "sslmode=disable": false,
+      "sslmode=require": true,
+      "sslmode=require&channel_binding=require": true,
+      "schema=public": false,
+      "sslmode=require&schema=public&connection_limit=5": true,
+    };
+    await Promise.all(
+      Object.entries(forms).map(async ([form, isEncrypted], index) => {
+        const name = `form${index}`;
+        await open(`${url}?${form}&application_name=${name}`, assert.fail);
+        const connections = await postgres.query(
+          `SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = '${name}'`,
+        );
+        assert.deepEqual(new Set(connections.map(({ ssl }) => ssl)), new Set([isEncrypted]), form);
+      }),
+    );
+    await assert.rejects(
+      open(`${url}?sslmode=verify-full`),
+      /^Error: DATABASE_URL: .*self-signed certificate/,
+    );
+  });
+
+  test("that cannot be had is one line at the start, without its password", async () => {
+    const silent = net.createServer(() => {}).listen(0, "127.0.0.1");
+    await once(silent, "listening");
+    closing.push(() => silent.close());
+    const address = (port: number) => `postgres://tasks:hunter2@127.0.0.1:${port}/tasks`;
+    const causes = {
+      [address(await freePort())]: /ECONNREFUSED/,
+      [address((silent.address() as net.AddressInfo).port)]: /timeout/,
+      [url.replace(/:[^:]+@/, ":hunter2@")]: /password authentication failed/,
+      [new URL("/missing", url).href]: /database "missing" does not exist/,
+    };
+    await Promise.all(
+      Object.entries(causes).map(([at, cause]) =>
+        assert.rejects(open(at), ({ message }: Error) => {
+          assert.match(message, /^DATABASE_URL: PostgreSQL cannot be used: /);
+          assert.match(message, cause);
+          return !/hunter2|\n/.test(message);
+        })
+      ),
+    );
+  });
+
+  test("whose URL is none, as with a raw # in the password, is one line without the password", async () => {
+    const { lines, exited } = spawnServer({
+      AUTH0_DOMAIN: "tenant.example.auth0.com",
+      MCP_SERVER_URL: "https://mcp.example.com/mcp",
+      DATABASE_URL: "postgres://tasks:hunter2#@127.0.0.1/tasks",
+    });
+    assert.equal(await exited, 1);
+    const [line = "", ...others] = lines;
+    assert.match(line, /^DATABASE_URL is set, but .*%23/);
+    assert.doesNotMatch(line, /hunter2/);
+    assert.deepEqual(others, []);
+  });
+
+  test("whose driver is not installed is one line that says how to install it", async () => {
+    const project = await mkdtemp(join(tmpdir(), "no-driver-"));
+    closing.push(() => rm(project, { recursive: true }));
+    await mkdir(join(project, "node_modules"));
+    for (const name of ["@modelcontextprotocol", "jose", "zod"]) {
+      await symlink(join(ROOT, "node_modules", name), join(project, "node_modules", name));
+    }
+    for (const name of ["tools.ts", "auth.ts", "package.json"]) {
+      await cp(join(ROOT, name), join(project, name));
+    }
+    const { openTaskStore }: typeof import("../tools.ts") = await import(
+      pathToFileURL(join(project, "tools.ts")).href
+    );
+    await assert.rejects(
+      openTaskStore(url, () => {}),
+      /^Error: DATABASE_URL: .*its driver is missing, run: npm install --save-prod pg$/,
+    );
+  });
+
+  test("that can only be read stops the start, whether it is new or has been used", async () => {
+    const database = await postgres.newDatabase();
+    const setReadOnly = (value: string) =>
+      postgres.query(
+        `ALTER DATABASE ${new URL(database).pathname.slice(1)} SET default_transaction_read_only = ${value}`,
+      );
+    await setReadOnly("on");
+    await assert.rejects(open(database), /^Error: DATABASE_URL: .*read-only/);
+    await setReadOnly("off");
+    await open(database);
+    await setReadOnly("on");
+    await assert.rejects(open(database), /^Error: DATABASE_URL: .*read-only/);
+  });
+
+  test("loses idle connections, and no call by it", async () => {
+    const store = await open(named(url, "idle"));
+    const callOften = () => Promise.all(Array.from({ length: CONNECTIONS }, () => store.check()));
+    await callOften();
+    assert.ok((await activity("idle")).length > 1);
+    await endConnections("idle");
+    await callOften();
+  });
+
+  test("loses a connection in the middle of a call, and no other call by it", async () => {
+    const store = await open(named(url, "middle"));
+    const created = await store.create("middle", task("kept"));
+    const unlock = await lockTask(created?.id);
+    const lost = assert.rejects(store.update("middle", created?.id ?? "", { title: "lost" }), /terminat/);
+    while (!(await activity("middle")).includes("active"));
+    await endConnections("middle");
+    await lost;
+    assert.deepEqual(await titles(store, "middle"), ["kept"]);
+    await unlock();
+    await store.update("middle", created?.id ?? "", { title: "changed" });
+  });
+
+  test("gives up calls that wait for a lock, and has the database give them up", async () => {
+    const store = await open(named(url, "locked"));
+    const created = await store.create("locked", task("kept"));
+    const unlock = await lockTask(created?.id);
+    const change = () => store.update("locked", created?.id ?? "", { title: "changed" });
+    const calls = await Promise.allSettled(Array.from({ length: CONNECTIONS }, change));
+    for (const call of calls) assert.match(call.status === "rejected" ? `${call.reason}` : "done", /timeout/);
+    assert.ok(!(await activity("locked")).includes("active"));
+    await unlock();
+    assert.equal((await change())?.title, "changed");
+  });
+
+  test("answers the first call after an outage, and none waits in the meantime", async () => {
+    const proxy = await startProxy();
+    const store = await open(proxy.url);
+    await store.create("outage", task("kept"));
+    proxy.close();
+    for (let round = 0; round < 3; round++) {
+      const calls = await Promise.allSettled(Array.from({ length: 40 }, () => titles(store, "outage")));
+      // Any other reason, such as a time-out, would mean that calls queue up while there is no database.
+      for (const call of calls) {
+        const outcome = call.status === "rejected" ? `${call.reason}` : "answered";
+        assert.match(outcome, /ECONNREFUSED|ECONNRESET|Connection terminated/);
+      }
+      await assert.rejects(store.check());
+    }
+    proxy.listen();
+    assert.deepEqual(await titles(store, "outage"), ["kept"]);
+  });
+
+  test("waits a bounded time for a network that swallows everything", { timeout: BOUNDED }, async () => {
+    const proxy = await startProxy();
+    const store = await open(proxy.url);
+    const callOften = () => Promise.allSettled(Array.from({ length: CONNECTIONS }, () => store.check()));
+    await callOften(); // now every connection of the pool is open
+    proxy.passes = () => false;
+    for (const call of await callOften()) {
+      assert.match(call.status === "rejected" ? `${call.reason}` : "answered", /timeout/);
+    }
+    proxy.passes = () => true;
+    await store.check();
+  });
+
+  test("is closed although its network swallows everything", { timeout: BOUNDED }, async () => {
+    const proxy = await startProxy();
+    const store = await openTaskStore(proxy.url, () => {});
+    proxy.passes = () => false;
+    await store.close();
+  });
+
+  test("has the task whose acknowledgement was lost, and its key gives it back", async () => {
+    const proxy = await startProxy();
+    const [cutOff, other] = [await open(proxy.url), await open(url)];
+    const owner = "cut off";
+    let isSent = false;
+    const answered = new Promise<void>((resolve) => {
+      proxy.passes = (data, isFromDatabase) => {
+        if (isSent && isFromDatabase) resolve();
+        isSent ||= data.includes(owner);
+        return !isSent || !isFromDatabase;
+      };
+    });
+    const lost = assert.rejects(cutOff.create(owner, task("first"), "key"));
+    await answered;
+    assert.equal((await other.create(owner, task("second"), "key"))?.title, "first");
+    assert.deepEqual(await titles(other, owner), ["first"]);
+    proxy.close();
+    await lost;
+  });
+});
+
+describe("a store on PostgreSQL through a pooler", { skip: noPgBouncer, timeout: 60_000 }, () => {
+  test("that takes no statement_timeout works, and says what to set in the database", async () => {
+    const pooler = await startPgBouncer(url);
+    closing.push(pooler.close);
+    const lines: string[] = [];
+    const store = await open(pooler.url, (line) => lines.push(line));
+    await store.create("pooled", task("kept"));
+    assert.deepEqual(await titles(store, "pooled"), ["kept"]);
+    assert.equal(lines.length, 1);
+    assert.match(lines[0] ?? "", /ALTER ROLE .* SET statement_timeout/);
+  });
+
+  test("that is started again answers the next call", async () => {
+    const pooler = await startPgBouncer(url);
+    const store = await open(pooler.url);
+    await pooler.close();
+    await assert.rejects(store.check());
+    const another = await startPgBouncer(url, Number(new URL(pooler.url).port));
+    closing.push(another.close);
+    await store.check();
+  });
+
+  test("gives each of more callers than connections their own tasks alone", async () => {
+    const pooler = await startPgBouncer(url);
+    closing.push(pooler.close);
+    const [store, other] = [await open(pooler.url), await open(pooler.url)];
+    await listMeanwhile(store, async () => {
+      for (let count = 0; count < 30; count++) await other.create("busy", task(`${count}`));
+    });
+  });
+});
+
+describe("a store on PostgreSQL that forty users call", { skip: noPostgres, timeout: 60_000 }, () => {
+  test("gives each their own tasks alone, and never none, while a column's type is changed", async () => {
+    await listMeanwhile(await open(url), async () => {
+      for (const type of ["VARCHAR(40)", "TEXT", "VARCHAR(50)", "TEXT", "VARCHAR(60)", "TEXT"]) {
+        await postgres.query(`ALTER TABLE tasks ALTER due_at TYPE ${type}`);
+      }
+    });
+  });
+
+  test("leaves a database that is started again and again no connection too many", async () => {
+    const store = await openTaskStore(named(url, "restarted"), () => {});
+    await listMeanwhile(store, async () => {
+      for (let restart = 0; restart < 3; restart++) {
+        await postgres.kill();
+        await postgres.start();
+        while (!await store.check().then(() => true, () => false));
+      }
+    });
+    assert.ok((await activity("restarted")).length <= CONNECTIONS);
+    await store.close();
+    while ((await activity("restarted")).length > 0); // the database takes a moment to see that they are closed
+  });
+});
+
+/**
+ * Forty users list their one task again and again while something happens.
+ *
+ * @throws {AssertionError} When one of them was given another's task, or none: an error alone is no wrong answer.
+ */
+async function listMeanwhile(store: TaskStore, happening: () => Promise<unknown>): Promise<void> {
+  const owners = Array.from({ length: 40 }, (_, index) => `owner ${index}`);
+  for (const owner of owners) await store.create(owner, task(owner), owner);
+  const wrong: string[] = [];
+  let answers = 0;
+  let isHappening = true;
+  const users = owners.map(async (owner) => {
+    while (isHappening) {
+      try {
+        const found = await titles(store, owner);
+        answers++;
+        if (found.join() !== owner) wrong.push(`${owner} was given '${found}'`);
+      } catch {
+        await delay(20); // a client's own pause before it tries again
+      }
+    }
+  });
+  await happening().finally(() => isHappening = false);
+  await Promise.all(users);
+  assert.deepEqual(wrong, []);
+  assert.ok(answers > 40, `only ${answers} answers`);
+}
