@@ -255,6 +255,7 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
     const started = performance.now();
     const gone = new AbortController();
     response.on("close", () => response.writableFinished || gone.abort());
+    request.on("error", () => gone.abort()); // its body broke off; on Deno the response closes only later
     const reply = await handle(request, response, gone.signal).catch(refuse);
     if (!gone.signal.aborted) send(response, reply);
     request.resume(); // what is left of a refused body: a client that is still sending would not see the answer
@@ -359,13 +360,14 @@ async function readJson(request: http.IncomingMessage): Promise<unknown> {
 
 /** @throws {Error} When the client has gone, even if that was before this was called. */
 async function readBody(request: http.IncomingMessage): Promise<Buffer> {
-  const tooLarge = new HttpError(413, `The body must not exceed ${MAX_BODY_BYTES} bytes`);
-  if (Number(request.headers["content-length"]) > MAX_BODY_BYTES) throw tooLarge;
+  const expectAtMost = (size: number) => {
+    if (size > MAX_BODY_BYTES) throw new HttpError(413, `The body must not exceed ${MAX_BODY_BYTES} bytes`);
+  };
+  expectAtMost(Number(request.headers["content-length"]));
   const chunks: Buffer[] = [];
   let size = 0;
   for await (const chunk of request.iterator({ destroyOnReturn: false })) { // the answer still has to go out
-    size += chunk.length;
-    if (size > MAX_BODY_BYTES) throw tooLarge;
+    expectAtMost(size += chunk.length);
     chunks.push(chunk);
   }
   return Buffer.concat(chunks);
