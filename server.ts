@@ -45,7 +45,7 @@ export const environment = z.object({
     "has a query or a fragment": (text) => /[?#]/.test(text),
     "has no path": (text) => new URL(text).pathname === "/",
     "ends in a slash": (text) => text.endsWith("/"),
-    "holds a user": (text) => new URL(text).username !== "",
+    "holds a user or a password": (text) => new URL(text).username + new URL(text).password !== "",
     // Clients would write it as a URL parser does, and the tenant compares characters.
     "is not in its normal form": (text) => new URL(text).href !== text,
   })).describe(

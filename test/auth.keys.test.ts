@@ -42,6 +42,7 @@ const statusOf = async (token: string) => (await call(token)).status;
 function stopClock(t: TestContext): (milliseconds: number) => void {
   let now = Date.now();
   t.mock.timers.enable({ apis: ["Date"], now });
+  t.after(() => t.mock.timers.reset()); // which Deno leaves to the test
   return (milliseconds) => t.mock.timers.setTime(now += milliseconds);
 }
 

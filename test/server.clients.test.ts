@@ -59,7 +59,7 @@ const last = (body: string, extra: string[] = []) =>
 async function readAll(socket: Socket): Promise<string> {
   let text = "";
   socket.on("data", (chunk: Buffer) => text += chunk.toString());
-  await once(socket, "close");
+  await new Promise((resolve) => socket.on("close", resolve)); // once would reject where it is reset
   return text;
 }
 
