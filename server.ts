@@ -25,8 +25,7 @@ import * as mcp from "@modelcontextprotocol/sdk/types.js";
 import { z } from "zod";
 import { AuthError, createAuthenticator, metadataUrl, protectedResourceMetadata, reason } from "./auth.ts";
 import type { Caller } from "./auth.ts";
-import { createMcpServerFactory, databaseUrlSchema, openTaskStore } from "./tools.ts";
-import { requestedScopes, RESOURCE_NAME } from "./tools.ts";
+import { createMcpServerFactory, databaseUrlSchema, openTaskStore, requestedScopes, RESOURCE_NAME } from "./tools.ts";
 import type { TaskStore } from "./tools.ts";
 
 // -------------------------------------------------------------------------------------------------- settings

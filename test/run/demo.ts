@@ -8,10 +8,9 @@
  * exit status 0 only where they agree.
  */
 import assert from "node:assert/strict";
-import { realpathSync } from "node:fs";
 import http from "node:http";
-import { fileURLToPath } from "node:url";
 import { parseArgs, styleText } from "node:util";
+import { isMain } from "../support/command.ts";
 import { createServer } from "../../server.ts";
 import { Connector, type Hop, publishClientMetadata } from "../support/chatgpt.ts";
 import { freePort, startServer } from "../support/server.ts";
@@ -403,7 +402,7 @@ function explain({ step, symptom }: Break, failure: unknown, tenant: Tenant, pri
   return isExpected ? 0 : 1;
 }
 
-if (realpathSync(process.argv[1] ?? "") === fileURLToPath(import.meta.url)) {
+if (isMain(import.meta.url)) {
   // A reader that stops early, such as `| head`, must not end this process with a stack trace.
   process.stdout.on("error", () => {});
   process.exitCode = await demo(process.argv.slice(2), console.log, console.error);

@@ -2,9 +2,8 @@
  * `npm run dev`: the server and a stand-in tenant with its sign-in page, until Ctrl-C. For trying any MCP client on
  * this machine; needs no Auth0 account. Tasks are kept in memory.
  */
-import { realpathSync } from "node:fs";
-import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
+import { isMain } from "../support/command.ts";
 import { startServer } from "../support/server.ts";
 import { configuredTenant, startTenant } from "../support/tenant.ts";
 
@@ -83,7 +82,7 @@ function explain(error: unknown): string {
   return `Port ${error.port} is in use: set PORT (the server's) or TENANT_PORT (the tenant's) to another`;
 }
 
-if (realpathSync(process.argv[1] ?? "") === fileURLToPath(import.meta.url)) {
+if (isMain(import.meta.url)) {
   try {
     const running = dev(process.argv.slice(2), process.env, console.log);
     for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, async () => (await running)());

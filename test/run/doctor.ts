@@ -1,10 +1,9 @@
 /** `npm run doctor`: looks at the tenant and at the running server from outside, as `HELP` says. */
 import { spawn } from "node:child_process";
 import { randomUUID } from "node:crypto";
-import { realpathSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
-import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
+import { isMain, runCommand } from "../support/command.ts";
 import { reason } from "../../auth.ts";
 import { readEnvironment, readSettings } from "../../server.ts";
 import * as checks from "../support/checks.ts";
@@ -267,9 +266,4 @@ async function main(): Promise<number> {
   return await doctor(env, options, console.log, openBrowser);
 }
 
-if (process.argv[1] !== undefined && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
-  process.exitCode = await main().catch((error: unknown) => {
-    console.error(error instanceof Error ? error.message : error);
-    return 1;
-  });
-}
+if (isMain(import.meta.url)) await runCommand(main);

@@ -1,9 +1,8 @@
 /** `npm run setup`: shows what Steps 1 to 5 of the README still need on a tenant, and does it, as `HELP` says. */
-import { realpathSync } from "node:fs";
 import { createInterface } from "node:readline/promises";
 import { setTimeout as delay } from "node:timers/promises";
-import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
+import { isMain, runCommand } from "../support/command.ts";
 import { reason } from "../../auth.ts";
 import { readEnvironment, readSettings } from "../../server.ts";
 import { plan, type Setting, type State, WAYS } from "../support/guide.ts";
@@ -164,9 +163,4 @@ async function askOnTerminal(question: string): Promise<boolean> {
   return /^y(es)?$/i.test(answer.trim());
 }
 
-if (process.argv[1] !== undefined && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
-  process.exitCode = await main().catch((error: unknown) => {
-    console.error(error instanceof Error ? error.message : error);
-    return 1;
-  });
-}
+if (isMain(import.meta.url)) await runCommand(main);

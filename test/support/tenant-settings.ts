@@ -3,6 +3,7 @@
  * of client.
  */
 import type { JSONWebKeySet } from "jose";
+import type { Way } from "./guide.ts";
 import type { StoredAction, StoredBinding } from "./management.ts";
 
 /** `scopes_supported` of every Auth0 tenant. An API's permissions are never among them. */
@@ -109,7 +110,7 @@ export function newTenant(kind: TenantKind): TenantSettings {
 }
 
 /** How ChatGPT becomes a client of the tenant. */
-export type Way = "register" | "cimd" | "fixed";
+export type { Way };
 
 /** A way on a kind of tenant: together they decide what has to be set. */
 export interface ClientKind {

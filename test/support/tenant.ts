@@ -16,7 +16,6 @@
  */
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import { once } from "node:events";
-import { readFileSync } from "node:fs";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 import { text } from "node:stream/consumers";
@@ -36,7 +35,7 @@ import {
   jwtVerify,
   SignJWT,
 } from "jose";
-import { answerManagement } from "./management.ts";
+import { ACTION_CODE, answerManagement } from "./management.ts";
 import { errorPage, pageText, signInPage } from "./tenant-pages.ts";
 import { ALICE, type Api, type Application, newTenant, OIDC_SCOPES } from "./tenant-settings.ts";
 import type { TenantSettings, User } from "./tenant-settings.ts";
@@ -66,8 +65,7 @@ export type PostLoginAction = (
 /** Loads `auth0-action.js` as Auth0 does: the pasted text, run as a CommonJS module. */
 export function loadAction(): PostLoginAction {
   const exports: { onExecutePostLogin?: PostLoginAction } = {};
-  const source = readFileSync(new URL("../../auth0-action.js", import.meta.url), "utf8");
-  compileFunction(source, ["exports"])(exports);
+  compileFunction(ACTION_CODE, ["exports"])(exports);
   if (!exports.onExecutePostLogin) throw new Error("auth0-action.js exports no onExecutePostLogin");
   return exports.onExecutePostLogin;
 }
