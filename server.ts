@@ -13,121 +13,66 @@
 import { once } from "node:events";
 import { existsSync, readFileSync, realpathSync } from "node:fs";
 import * as http from "node:http";
-import type { AddressInfo } from "node:net";
-import { fileURLToPath } from "node:url";
 import { parseEnv } from "node:util";
-// @ts-types="@modelcontextprotocol/sdk/shared/mediaType"
-import { isJsonContentType } from "@modelcontextprotocol/sdk/shared/mediaType.js";
 // @ts-types="@modelcontextprotocol/sdk/shared/transport"
 import type { Transport } from "@modelcontextprotocol/sdk/shared/transport.js";
 // @ts-types="@modelcontextprotocol/sdk/types"
 import * as mcp from "@modelcontextprotocol/sdk/types.js";
 import { z } from "zod";
-import { AuthError, createAuthenticator, metadataUrl, protectedResourceMetadata, reason } from "./auth.ts";
-import type { Caller } from "./auth.ts";
+import { createAuthenticator, describeError, HttpError, metadataUrl, protectedResourceMetadata } from "./auth.ts";
 import { createMcpServerFactory, databaseUrlSchema, openTaskStore, requestedScopes, RESOURCE_NAME } from "./tools.ts";
 import type { TaskStore } from "./tools.ts";
 
 // -------------------------------------------------------------------------------------------------- settings
 
-/** The environment. An error names the first rule that is broken; the description says what a value must be. */
+/** The environment. A message says which rule a value breaks, and the description what it must be. */
 export const environment = z.object({
-  AUTH0_DOMAIN: z.string().superRefine(firstBroken({
-    "begins with a scheme": (text) => text.includes("://") && !isLocal(text), // the stand-in tenant may
-    "holds a slash": (text) => text.replace("://", "").includes("/"),
-    "holds a capital letter": (text) => /[A-Z]/.test(text),
-    "is no domain": (text) => !/^([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}$/.test(text) && !isOrigin(text),
-  })).describe("the tenant's domain and nothing else, such as your-tenant.us.auth0.com"),
-  MCP_SERVER_URL: z.string().superRefine(firstBroken({
-    "is no URL": (text) => !URL.canParse(text),
-    "is not https": (text) => !text.startsWith("https:") && !isLocal(text),
-    "has a query or a fragment": (text) => /[?#]/.test(text),
-    "has no path": (text) => new URL(text).pathname === "/",
-    "ends in a slash": (text) => text.endsWith("/"),
-    "holds a user or a password": (text) => new URL(text).username + new URL(text).password !== "",
+  AUTH0_DOMAIN: z.string("is missing")
+    .refine((text) => !text.startsWith("your-tenant."), rule("is missing, since the README's example does not count"))
+    .refine((text) => !text.includes("://") || isLocal(text), rule("begins with a scheme")) // the stand-in tenant may
+    .refine((text) => !text.replace("://", "").includes("/"), rule("holds a slash"))
+    .refine((text) => !/[A-Z]/.test(text), rule("holds a capital letter"))
+    .refine((text) => /^([a-z\d]([a-z\d-]*[a-z\d])?\.)+[a-z]{2,}$/.test(text) || isOrigin(text), rule("is no domain"))
+    .describe("the tenant's domain and nothing else, such as your-tenant.us.auth0.com"),
+  MCP_SERVER_URL: z.string("is missing")
+    .refine((text) => URL.canParse(text), rule("is no URL"))
+    .refine(
+      (text) => new URL(text).hostname !== "your-domain.com",
+      rule("is missing, since the README's example does not count"),
+    )
+    .refine((text) => text.startsWith("https:") || isLocal(text), rule("is not https"))
+    .refine((text) => !/[?#]/.test(text), rule("has a query or a fragment"))
+    .refine((text) => new URL(text).pathname !== "/", rule("has no path"))
+    .refine((text) => !text.endsWith("/"), rule("ends in a slash"))
     // Clients would write it as a URL parser does, and the tenant compares characters.
-    "is not in its normal form": (text) => new URL(text).href !== text,
-  })).describe(
-    "the public URL of the MCP endpoint, such as https://your-domain.com/mcp: https, a path, no slash at the end, no " +
-      "query, the host in lower case and without a default port",
-  ),
-  PORT: z.string().regex(/^\d{1,5}$/, { error: "is no number", abort: true }).transform(Number)
-    .refine((port) => port <= 65_535, "is too large").default(3000).describe("a port number, 0 to 65535"),
+    .refine((text) => new URL(text).origin + new URL(text).pathname === text, rule("is not in its normal form"))
+    .describe(
+      "the public URL of the MCP endpoint, such as https://your-domain.com/mcp: https, a path, no slash at the end, no " +
+        "query, the host in lower case and without a default port",
+    ),
+  PORT: z.string().regex(/^[1-9]\d{0,4}$/, rule("is no port number")).transform(Number)
+    .refine((port) => port <= 65_535, "is too large").default(3000).describe("a port number, 1 to 65535"),
   HOST: z.string().default("127.0.0.1"),
   DATABASE_URL: databaseUrlSchema,
-  ENFORCE_SCOPES: z.enum(["true", "false"], "is neither").default("false").transform((text) => text === "true")
+  ENFORCE_SCOPES: z.enum(["true", "false"], "is no boolean").default("false").transform((text) => text === "true")
     .describe("true or false"),
   ALLOWED_ORIGINS: z.string().default("").transform((text) => text.split(",").map((one) => one.trim()).filter(Boolean))
     .refine((origins) => origins.every(isOrigin), "holds what is no origin")
     .describe("origins such as https://example.com, comma separated: no path, no slash, lower case"),
   OPENAI_APPS_CHALLENGE: z.string().optional(),
-  LOG_LEVEL: z.enum(["silent", "info", "debug"], "is none of them").default("info").describe("silent, info or debug"),
+  LOG_LEVEL: z.enum(["silent", "info", "debug"], "is no log level").default("info").describe("silent, info or debug"),
 });
 
 const settingsSchema = environment.transform((env) => ({
-  /** `https://<AUTH0_DOMAIN>/`. */
-  issuer: env.AUTH0_DOMAIN.includes("://") ? `${env.AUTH0_DOMAIN}/` : `https://${env.AUTH0_DOMAIN}/`,
-  serverUrl: env.MCP_SERVER_URL,
-  port: env.PORT,
-  host: env.HOST,
-  databaseUrl: env.DATABASE_URL,
-  enforceScopes: env.ENFORCE_SCOPES,
-  allowedOrigins: env.ALLOWED_ORIGINS,
-  openaiAppsChallenge: env.OPENAI_APPS_CHALLENGE,
-  logLevel: env.LOG_LEVEL,
+  ...env,
+  /** As tokens name it: `https://<domain>/`. */
+  issuer: `${env.AUTH0_DOMAIN.includes("://") ? "" : "https://"}${env.AUTH0_DOMAIN}/`,
 }));
 export type Settings = z.output<typeof settingsSchema>;
 
-type Environment = Record<string, string | undefined>;
-
-/**
- * Reads the settings. A variable that is set to nothing, or to the README's example, counts as not set.
- *
- * @throws {Error} A line for each value that is missing or malformed: its name, the rule it breaks, what it must be.
- */
-export function readSettings(env: Environment): Settings {
-  const isExample = (text: string) => /^your-tenant\.|^https:\/\/your-domain\.com\b/.test(text);
-  const given = Object.fromEntries(Object.entries(env).filter(([, text]) => text && !isExample(text)));
-  const { success, data, error } = settingsSchema.safeParse(given);
-  if (success) return data;
-  const lines = error.issues.map(({ path, message }) => {
-    const name = path[0] as keyof typeof environment.shape;
-    const found = given[name] === undefined
-      ? `missing${env[name] ? `, since '${env[name]}' is the README's example` : ""}`
-      : `${mayBeSecret(name) ? "set, but" : `'${given[name]}', which`} ${message}`;
-    return `${name} is ${found}: it must be ${environment.shape[name].description}`;
-  });
-  throw new Error(lines.join("\n"));
-}
-
-/**
- * Reads `.env` in the working directory under the real environment, which wins. In both, set to nothing is not set.
- *
- * @returns The two in one, and a line for each name that they set to different values.
- */
-export function readEnvironment(): { env: Environment; differences: string[] } {
-  const text = existsSync(".env") ? readFileSync(".env", "utf8").replace(/^\uFEFF/, "") : "";
-  const isSet = ([, value]: [string, unknown]) => value !== "";
-  const real: Environment = Object.fromEntries(Object.entries(process.env).filter(isSet));
-  const file: Environment = Object.fromEntries(Object.entries(parseEnv(text)).filter(isSet));
-  const differing = Object.keys(file).filter((name) => real[name] !== undefined && real[name] !== file[name]);
-  const differences = differing.map((name) => {
-    const [counts, other] = mayBeSecret(name) ? ["", ""] : [` '${real[name]}'`, ` '${file[name]}'`];
-    return `${name}: the environment's value${counts} counts, not${other || " that"} of .env`;
-  });
-  return { env: { ...file, ...real }, differences };
-}
-
-/** Whether a value may be none for the log. */
-function mayBeSecret(name: string): boolean {
-  return !(name in environment.shape) || name === "DATABASE_URL" || name === "OPENAI_APPS_CHALLENGE";
-}
-
-function firstBroken(rules: Record<string, (text: string) => boolean>) {
-  return (text: string, { addIssue }: z.RefinementCtx) => {
-    const broken = Object.entries(rules).find(([, isBroken]) => isBroken(text));
-    if (broken) addIssue(broken[0]);
-  };
+/** The rules after one that is broken are not looked at. */
+function rule(error: string) {
+  return { error, abort: true };
 }
 
 /** Whether a URL leads to this machine. */
@@ -140,44 +85,59 @@ function isOrigin(text: string): boolean {
   return /^[a-z][a-z\d+.-]*:\/\/[^\s/?#@A-Z]+$/.test(text);
 }
 
+type Environment = Record<string, string | undefined>;
+
+/**
+ * Reads the settings. A variable that is set to nothing counts as not set.
+ *
+ * @throws {Error} A line for each value that is missing or malformed: its name, the rule it breaks, what it must be.
+ */
+export function readSettings(env: Environment): Settings {
+  const given = Object.fromEntries(Object.entries(env).filter(([, text]) => text));
+  const { success, data, error } = settingsSchema.safeParse(given);
+  if (success) return data;
+  const lines = error.issues.map(({ path, message }) => {
+    const name = path[0] as keyof typeof environment.shape;
+    return `${name} ${message}: it must be ${environment.shape[name].description}`;
+  });
+  throw new Error(lines.join("\n"));
+}
+
+/** The environment over `.env` in the working directory, and a line for each name that they set to different values. */
+export function readEnvironment(): { env: Environment; differences: string[] } {
+  const text = existsSync(".env") ? readFileSync(".env", "utf8") : "";
+  const env: Environment = parseEnv(text.replace(/^\uFEFF/, "")); // a byte order mark
+  const differences: string[] = [];
+  for (const [name, value] of Object.entries(process.env)) {
+    if (!value) continue; // set to nothing counts as not set
+    if (env[name] && env[name] !== value) {
+      const mayBeSecret = !(name in environment.shape) || name === "DATABASE_URL" || name === "OPENAI_APPS_CHALLENGE";
+      const values = mayBeSecret ? "" : `: '${value}', not '${env[name]}'`;
+      differences.push(`${name} differs from .env, and the environment's value counts${values}`);
+    }
+    env[name] = value;
+  }
+  return { env, differences };
+}
+
 // ------------------------------------------------------------------------------------------------------ HTTP
 
 const MAX_BODY_BYTES = 1024 * 1024;
 
 const LIMITS: http.ServerOptions = {
-  maxHeaderSize: 16 * 1024, // bytes; a token of Auth0's has 1 to 2 KiB
   headersTimeout: 10_000, // milliseconds, and so below
   requestTimeout: 30_000,
-  keepAliveTimeout: 65_000, // proxies keep idle connections for 60 s: closed earlier, one could be in use again
-  connectionsCheckingInterval: 5_000,
+  keepAliveTimeout: 65_000, // longer than the 60 s of common proxies, so that none sends on a closed connection
 };
-
-/** A request refused for what it is as HTTP. The message is for whoever wrote the client. */
-class HttpError extends Error {
-  readonly status: number;
-  readonly headers: Record<string, string>;
-  /** `code` and `id` of the JSON-RPC error in the body. */
-  readonly code: number;
-  readonly id: string | number | null;
-
-  constructor(status: number, message: string, { headers = {}, code = -32000, id = null }: Partial<HttpError> = {}) {
-    super(message);
-    this.status = status;
-    this.headers = headers;
-    this.code = code;
-    this.id = id;
-  }
-}
 
 interface Reply {
   status: number;
   headers?: Record<string, string>;
   /** Text is sent as it is, and anything else as JSON. */
   body?: unknown;
-  /** For the log: the MCP method, who called, why it was refused. */
+  /** For the log: what was called, and by whom or why it was refused. */
   call?: string;
-  caller?: Caller;
-  refusal?: string;
+  note?: string;
 }
 
 /** @param signal Aborted when the client has gone. */
@@ -189,99 +149,109 @@ type Route = (request: http.IncomingMessage, signal: AbortSignal) => Reply | Pro
  * @param store Stays the caller's to close.
  */
 export function createServer(settings: Settings, store: TaskStore): http.Server {
-  const { issuer, serverUrl, enforceScopes, openaiAppsChallenge } = settings;
-  const log = createLog(settings.logLevel);
-  const resource = { issuer, url: serverUrl, name: RESOURCE_NAME, scopes: requestedScopes(enforceScopes) };
+  const { issuer, MCP_SERVER_URL: url, ENFORCE_SCOPES: enforceScopes } = settings;
+  const log = createLog(settings.LOG_LEVEL);
+  const resource = { issuer, url, name: RESOURCE_NAME, scopes: requestedScopes(enforceScopes) };
   const authenticate = createAuthenticator(resource, log.info);
-  const createMcpServer = createMcpServerFactory({ resource, enforceScopes, warn: log.info });
+  const createMcpServer = createMcpServerFactory({ resource, enforceScopes, store, warn: log.info });
 
-  const metadata = readOnly(() => ({ status: 200, body: protectedResourceMetadata(resource) }));
+  const metadata = readOnly(() => protectedResourceMetadata(resource));
   const routes = new Map<string, Route>([
-    [normalPath(new URL(serverUrl).pathname), serveMcp],
-    [normalPath(new URL(metadataUrl(serverUrl)).pathname), metadata],
+    [pathOf(url), serveMcp],
+    [pathOf(metadataUrl(url)), metadata],
     ["/.well-known/oauth-protected-resource", metadata],
-    ["/.well-known/openai-apps-challenge", readOnly(showAppsChallenge)],
     ["/health", readOnly(checkHealth)],
-    ["/", readOnly(() => ({ status: 200, body: welcome(settings) }))],
+    ["/", readOnly(() => welcome(settings))],
   ]);
-  const origins = new Set([new URL(serverUrl).origin, "https://chatgpt.com", ...settings.allowedOrigins]);
+  const appsChallenge = settings.OPENAI_APPS_CHALLENGE;
+  if (appsChallenge) routes.set("/.well-known/openai-apps-challenge", readOnly(() => appsChallenge));
+  const origins = new Set([new URL(url).origin, "https://chatgpt.com", ...settings.ALLOWED_ORIGINS]);
 
   async function handle(request: http.IncomingMessage, response: http.ServerResponse, signal: AbortSignal) {
-    const route = routes.get(pathOf(request));
+    const route = routes.get(pathOf(request.url));
     const { origin } = request.headers;
-    if (route === metadata) response.setHeader("Access-Control-Allow-Origin", "*");
-    else if (origin !== undefined) {
+    if (route === metadata) {
+      response.setHeader("Access-Control-Allow-Origin", "*");
+    } else if (origin !== undefined) {
       // A page in the user's browser must not reach a server it was not meant for (MCP, Streamable HTTP, Security).
-      const message = `Origin ${origin} is not allowed: add it to ALLOWED_ORIGINS`;
-      if (!origins.has(origin) && !isLocal(origin)) throw new HttpError(403, message);
+      const isAllowed = origins.has(origin) || isLocal(origin);
+      if (!isAllowed) throw new HttpError(403, `Origin ${origin} is not allowed: add it to ALLOWED_ORIGINS`);
       response.setHeader("Access-Control-Allow-Origin", origin);
       response.setHeader("Vary", "Origin");
     }
     response.setHeader("Access-Control-Expose-Headers", "WWW-Authenticate, Mcp-Session-Id, MCP-Protocol-Version");
-    if (route === undefined) throw new HttpError(404, `Nothing is served here. The MCP endpoint is ${serverUrl}`);
-    return request.method === "OPTIONS" ? preflight(request) : route(request, signal);
+    if (route === undefined) throw new HttpError(404, `Nothing is served here. The MCP endpoint is ${url}`);
+    return request.method === "OPTIONS" ? preflight(request) : await route(request, signal);
   }
 
   async function serveMcp(request: http.IncomingMessage, signal: AbortSignal): Promise<Reply> {
     const [authorization, ...others] = new Set(request.headersDistinct.authorization);
     if (others.length > 0) throw new HttpError(400, "Two different Authorization headers: one of them is not meant");
     const caller = await authenticate(authorization);
-    if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { headers: { Allow: "POST" } });
-    const message = readMessage(await readJson(request));
+    if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { Allow: "POST" });
+
+    const text = await readBody(request);
+    let body: Loose;
+    try {
+      body = JSON.parse(text);
+    } catch {
+      return refuse(new HttpError(400, "Parse error: the body is not JSON"), mcp.ErrorCode.ParseError);
+    }
+    const message = readMessage(body);
+    if (message === undefined) {
+      const id = z.union([z.string(), z.number()]).safeParse(body?.id).data;
+      const error = new HttpError(400, "Invalid Request: the body must be one JSON-RPC 2.0 message, and no batch");
+      return refuse(error, mcp.ErrorCode.InvalidRequest, id);
+    }
     checkProtocolVersion(request, message);
-    signal.throwIfAborted();
 
-    const server = createMcpServer(caller, store);
+    const mcpServer = createMcpServer(caller);
     const transport = new PostTransport();
-    await server.connect(transport);
+    await mcpServer.connect(transport);
+    signal.throwIfAborted();
     // Closed only where the client has gone: after its reply a server holds nothing, and closing costs 10 % of a call.
-    signal.addEventListener("abort", () => void server.close());
-    const body = await transport.exchange(message);
-    return { status: body === undefined ? 202 : 200, body, call: nameOf(message), caller };
+    signal.addEventListener("abort", () => void mcpServer.close());
+    const reply = await transport.exchange(message);
+    const note = `${caller.subject} ${JSON.stringify(caller.claims)}`;
+    return { status: reply === undefined ? 202 : 200, body: reply, call: nameOf(message), note };
   }
 
-  async function checkHealth(): Promise<Reply> {
-    const isUp = server.listening && await store.check().then(() => true, () => false);
-    return isUp ? { status: 200, body: "ok\n" } : { status: 503, body: "not ok\n" };
-  }
-
-  function showAppsChallenge(): Reply {
-    if (openaiAppsChallenge === undefined) throw new HttpError(404, "OPENAI_APPS_CHALLENGE is not set");
-    return { status: 200, body: openaiAppsChallenge };
+  async function checkHealth(): Promise<string> {
+    if (!server.listening) throw new HttpError(503, "The server is stopping");
+    await store.check().catch((error: unknown) => {
+      throw new HttpError(503, "The database does not answer", {}, error);
+    });
+    return "ok\n";
   }
 
   const server = http.createServer(LIMITS, async (request, response) => {
     const started = performance.now();
     const gone = new AbortController();
-    response.on("close", () => response.writableFinished || gone.abort());
+    response.on("close", () => {
+      if (!response.writableFinished) gone.abort();
+    });
     request.on("error", () => gone.abort()); // its body broke off; on Deno the response closes only later
     const reply = await handle(request, response, gone.signal).catch(refuse);
-    if (!gone.signal.aborted) send(response, reply);
+    const isGone = gone.signal.aborted;
+    if (!isGone) send(response, reply);
     request.resume(); // what is left of a refused body: a client that is still sending would not see the answer
 
-    const { caller, call, refusal } = reply;
-    const [status, why] = gone.signal.aborted ? ["cut off", "the client has gone"] : [reply.status, refusal];
-    const write = gone.signal.aborted || refusal === undefined ? log.debug : log.info;
-    write(() => {
-      const time = `${Math.round(performance.now() - started)} ms`;
-      const who = caller && [caller.subject, JSON.stringify(caller.claims)];
-      return [request.method, pathOf(request), call, status, time, who, why].flat().filter(Boolean).join(" ");
-    });
+    const status = isGone ? "the client has gone after" : reply.status;
+    const time = `${Math.round(performance.now() - started)} ms`;
+    const line = [request.method, pathOf(request.url), reply.call, status, time, reply.note].filter(Boolean).join(" ");
+    if (reply.status >= 400 && !isGone) log.info(line);
+    else log.debug(line);
   });
   server.timeout = 120_000; // milliseconds without a byte either way: who never reads a reply holds no socket for ever
   return server;
 }
 
 /** A refusal as MCP's clients read it: a JSON-RPC error. */
-function refuse(error: unknown): Reply {
-  const refusal = reason(error);
-  if (error instanceof HttpError || error instanceof AuthError) {
-    const { code, id } = error instanceof HttpError ? error : { code: -32000, id: null };
-    const body = { jsonrpc: "2.0", error: { code, message: error.message }, id };
-    return { status: error.status, headers: error.headers, body, refusal };
-  }
-  const failure = { code: mcp.ErrorCode.InternalError, message: "The server failed; its log says why" };
-  return { status: 500, body: { jsonrpc: "2.0", error: failure, id: null }, refusal };
+function refuse(error: unknown, code = -32000, id: string | number | null = null): Reply {
+  const [status, headers, message] = error instanceof HttpError
+    ? [error.status, error.headers, error.message]
+    : [500, {}, "The server failed; its log says why"];
+  return { status, headers, body: { jsonrpc: "2.0", error: { code, message }, id }, note: describeError(error) };
 }
 
 function send(response: http.ServerResponse, { status, body, headers = {} }: Reply) {
@@ -289,11 +259,10 @@ function send(response: http.ServerResponse, { status, body, headers = {} }: Rep
     response.writeHead(status, headers).end();
     return;
   }
-  const [type, text] = typeof body === "string"
-    ? ["text/plain; charset=utf-8", body]
-    : ["application/json", JSON.stringify(body)];
+  const isText = typeof body === "string";
+  const text = isText ? body : JSON.stringify(body);
   response.writeHead(status, {
-    "Content-Type": type,
+    "Content-Type": isText ? "text/plain; charset=utf-8" : "application/json",
     "Content-Length": Buffer.byteLength(text),
     "Cache-Control": "no-store", // a cached challenge or metadata document would outlive the setting it came from
     ...headers,
@@ -301,21 +270,29 @@ function send(response: http.ServerResponse, { status, body, headers = {} }: Rep
   response.end(text);
 }
 
-/** The path to route by, without doubled slashes and one at the end; never the query, since tokens there would be logged. */
-function pathOf({ url = "/" }: http.IncomingMessage): string {
-  const target = url.startsWith("/") ? `http://localhost${url}` : url; // or in absolute form (RFC 9112 §3.2.2)
-  return URL.canParse(target) ? normalPath(new URL(target).pathname) : url.split("?", 1).join();
+/** The path to route by: no query, since it may hold a token, no doubled slashes, and none at the end. */
+function pathOf(target = "/"): string {
+  const url = target.startsWith("/") ? `http://localhost${target}` : target; // or in absolute form (RFC 9112 §3.2.2)
+  return URL.canParse(url) ? `/${new URL(url).pathname.split("/").filter(Boolean).join("/")}` : "";
 }
 
-function normalPath(path: string): string {
-  return path.replace(/\/{2,}/g, "/").replace(/(?<=.)\/$/, "");
-}
-
-function readOnly(show: () => Reply | Promise<Reply>): Route {
-  return ({ method }) => {
-    if (method === "GET" || method === "HEAD") return show();
-    throw new HttpError(405, "Only GET is served here", { headers: { Allow: "GET, HEAD" } });
+/** @param show Returns the body. */
+function readOnly(show: () => unknown): Route {
+  return async ({ method }) => {
+    if (method !== "GET" && method !== "HEAD") {
+      throw new HttpError(405, "Only GET is served here", { Allow: "GET, HEAD" });
+    }
+    return { status: 200, body: await show() };
   };
+}
+
+function welcome({ MCP_SERVER_URL, issuer }: Settings): string {
+  return `An MCP server for ChatGPT, with users signed in through Auth0 (${issuer}).
+
+Paste this URL into ChatGPT, or give it to another MCP client (README, Step 7):
+
+  ${MCP_SERVER_URL}
+`;
 }
 
 /** Allows pages of an allowed origin to send what they like: the token decides. */
@@ -330,46 +307,18 @@ function preflight({ headers }: http.IncomingMessage): Reply {
   };
 }
 
-function welcome({ serverUrl, issuer }: Settings): string {
-  const use = isLocal(serverUrl) ? "Give this URL to an MCP client on this machine" : "Paste this URL into ChatGPT";
-  return `An MCP server for ChatGPT, with users signed in through Auth0.
-
-${use} (README, Step 7):
-
-  ${serverUrl}
-
-Who signs users in: ${issuer}
-What a client reads first: ${metadataUrl(serverUrl)}
-`;
-}
-
-async function readJson(request: http.IncomingMessage): Promise<unknown> {
-  const { "content-type": type, "content-encoding": encoding = "identity" } = request.headers;
-  if (!isJsonContentType(type)) throw new HttpError(415, "Content-Type must be application/json");
-  if (encoding.toLowerCase() !== "identity") {
-    throw new HttpError(415, `Content-Encoding ${encoding} is not read here: send the body as it is`);
-  }
-  const body = await readBody(request);
-  try {
-    return JSON.parse(new TextDecoder().decode(body)); // which drops a byte order mark
-  } catch {
-    throw new HttpError(400, "Parse error: the body is not JSON", { code: mcp.ErrorCode.ParseError });
-  }
-}
-
-/** @throws {Error} When the client has gone, even if that was before this was called. */
-async function readBody(request: http.IncomingMessage): Promise<Buffer> {
-  const expectAtMost = (size: number) => {
-    if (size > MAX_BODY_BYTES) throw new HttpError(413, `The body must not exceed ${MAX_BODY_BYTES} bytes`);
-  };
-  expectAtMost(Number(request.headers["content-length"]));
+async function readBody(request: http.IncomingMessage): Promise<string> {
+  const { "content-type": type = "", "content-encoding": encoding = "identity" } = request.headers;
+  if (!/^application\/json\s*(;|$)/i.test(type)) throw new HttpError(415, "Content-Type must be application/json");
+  if (!/^identity$/i.test(encoding)) throw new HttpError(415, `Content-Encoding ${encoding} is not read here`);
   const chunks: Buffer[] = [];
   let size = 0;
   for await (const chunk of request.iterator({ destroyOnReturn: false })) { // the answer still has to go out
-    expectAtMost(size += chunk.length);
+    size += chunk.length;
+    if (size > MAX_BODY_BYTES) throw new HttpError(413, `The body must not exceed ${MAX_BODY_BYTES} bytes`);
     chunks.push(chunk);
   }
-  return Buffer.concat(chunks);
+  return new TextDecoder().decode(Buffer.concat(chunks)); // which drops a byte order mark
 }
 
 // ------------------------------------------------------------------------------------------------------- MCP
@@ -384,64 +333,48 @@ async function readBody(request: http.IncomingMessage): Promise<Buffer> {
 class PostTransport implements Transport {
   onmessage: Transport["onmessage"];
   onclose: Transport["onclose"];
-  #resolve = (_reply: mcp.JSONRPCMessage | undefined) => {};
-  #reject = (_error: Error) => {};
+  #settle = (_reply?: mcp.JSONRPCMessage) => {};
 
   async start() {}
 
   async send(message: mcp.JSONRPCMessage) {
-    if (!("method" in message)) this.#resolve(message);
+    if (!("method" in message)) this.#settle(message);
   }
 
   async close() {
-    this.#reject(new Error("The client has gone"));
+    this.#settle();
     this.onclose?.();
   }
 
   /** Hands a message to the server. Resolves with the reply to a request, and at once with nothing otherwise. */
   exchange(message: mcp.JSONRPCMessage): Promise<mcp.JSONRPCMessage | undefined> {
-    return new Promise((resolve, reject) => {
-      this.#resolve = resolve;
-      this.#reject = reject;
+    return new Promise((resolve) => {
+      this.#settle = resolve;
       this.onmessage?.(message);
       if (!("method" in message && "id" in message)) resolve(undefined);
     });
   }
 }
 
-function readMessage(body: unknown): mcp.JSONRPCMessage {
-  const fields = isRecord(body) ? body : {};
-  // Some clients send null for what they leave out.
-  if (fields.params === null) delete fields.params;
-  if (isRecord(fields.params) && fields.params.arguments === null) delete fields.params.arguments;
-  const { success, data } = mcp.JSONRPCMessageSchema.safeParse(fields);
-  if (success) return data;
-  const { id } = fields;
-  throw new HttpError(
-    400,
-    Array.isArray(body)
-      ? "Invalid Request: a batch, which MCP has not had since revision 2025-06-18. Send one message a POST"
-      : "Invalid Request: the body is JSON, but no JSON-RPC 2.0 message",
-    { code: mcp.ErrorCode.InvalidRequest, id: typeof id === "string" || typeof id === "number" ? id : null },
-  );
-}
+/** A body before it is checked. */
+type Loose = { id?: unknown; params?: { arguments?: unknown } | null } | null;
 
-function isRecord(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
+/** Undefined where it is no message. Some clients send null for what they leave out. */
+function readMessage(body: Loose): mcp.JSONRPCMessage | undefined {
+  if (body?.params === null) delete body.params;
+  if (body?.params?.arguments === null) delete body.params.arguments;
+  return mcp.JSONRPCMessageSchema.safeParse(body).data;
 }
 
 /** Answers as the SDK's transport does: on its very text newer clients fall back to a revision that it speaks. */
 function checkProtocolVersion({ headers }: http.IncomingMessage, message: mcp.JSONRPCMessage) {
-  const isInitialize = "method" in message && message.method === "initialize";
   const header = headers["mcp-protocol-version"];
-  if (isInitialize || header === undefined) return;
-  const versions = [...new Set(String(header).split(/\s*,\s*/))]; // Node joins repeated headers
-  if (versions.length === 1 && mcp.SUPPORTED_PROTOCOL_VERSIONS.includes(versions[0] ?? "")) return;
+  if (header === undefined || ("method" in message && message.method === "initialize")) return;
+  const [version = "", ...others] = new Set(String(header).split(/\s*,\s*/)); // Node joins repeated headers
+  if (others.length === 0 && mcp.SUPPORTED_PROTOCOL_VERSIONS.includes(version)) return;
   const supported = mcp.SUPPORTED_PROTOCOL_VERSIONS.join(", ");
-  throw new HttpError(
-    400,
-    `Bad Request: Unsupported protocol version: ${versions.join(", ")} (supported versions: ${supported})`,
-  );
+  const given = [version, ...others].join(", ");
+  throw new HttpError(400, `Bad Request: Unsupported protocol version: ${given} (supported versions: ${supported})`);
 }
 
 /** For the log: the method, and the tool where one is called. */
@@ -453,21 +386,16 @@ function nameOf(message: mcp.JSONRPCMessage): string {
 
 // ----------------------------------------------------------------------------------------------- start, stop
 
-/** One line an event, to stderr. */
-function createLog(level: Settings["logLevel"]) {
-  const write = (line: string | (() => string)) => {
-    const text = typeof line === "string" ? line : line();
-    // Method, tool and path come from outside: no line breaks, no terminal codes.
-    process.stderr.write(`${new Date().toISOString()} ${text.replace(/\p{Cc}/gu, "?")}\n`);
+/** One line an event, to stderr. Method, tool and path come from outside: no line breaks, no terminal codes. */
+function createLog(level: Settings["LOG_LEVEL"]) {
+  const write = (line: string) => {
+    process.stderr.write(`${new Date().toISOString()} ${line.replace(/\p{Cc}/gu, "?")}\n`);
   };
   const ignore = () => {};
   return { info: level === "silent" ? ignore : write, debug: level === "debug" ? write : ignore };
 }
 
-/**
- * Refuses new connections and lets requests in flight finish. Resolves when the last connection is closed, after 7
- * seconds at most.
- */
+/** Refuses new connections and lets requests in flight finish. Resolves when all are closed, after 7 s at most. */
 export async function stop(server: http.Server): Promise<void> {
   const closed = once(server, "close");
   server.close();
@@ -482,15 +410,14 @@ async function main() {
   process.stderr.on("error", () => {}); // whoever reads the log may go away: to log that would fail again
   const { env, differences } = readEnvironment();
   const settings = readSettings(env);
-  const { host, port, serverUrl, issuer } = settings;
-  const log = createLog(settings.logLevel);
+  const log = createLog(settings.LOG_LEVEL);
   for (const line of differences) log.info(line);
-  const store = await openTaskStore(settings.databaseUrl, log.info);
+  const store = await openTaskStore(settings.DATABASE_URL, log.info);
   const server = createServer(settings, store);
   // A promise that nobody awaited is a mistake in one call, and no reason to end the others.
   process.on(
     "unhandledRejection",
-    (error) => log.info(`A promise failed that nobody awaited: ${reason(error)}`),
+    (error) => log.info(`A promise failed that nobody awaited: ${describeError(error)}`),
   );
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
     process.once(signal, async () => {
@@ -501,21 +428,12 @@ async function main() {
       process.exit();
     });
   }
-  try {
-    await once(server.listen(port, host), "listening");
-  } catch (error) {
-    const isTaken = error instanceof Error && "code" in error && error.code === "EADDRINUSE";
-    const why = isTaken ? "the port is in use. Set PORT to another" : reason(error);
-    throw new Error(`Cannot listen on ${host}:${port}: ${why}`);
-  }
-  log.info(
-    `Listening on ${host}:${(server.address() as AddressInfo).port} for ${serverUrl}, with users from ${issuer}`,
-  );
+  const { HOST, PORT, MCP_SERVER_URL, issuer } = settings;
+  await once(server.listen(PORT, HOST), "listening");
+  log.info(`Listening on ${HOST}:${PORT} for ${MCP_SERVER_URL}, with users from ${issuer}`);
 }
 
-const isMain = process.argv[1] !== undefined &&
-  realpathSync(process.argv[1]) === fileURLToPath(import.meta.url);
-if (isMain) {
+if (process.argv[1] !== undefined && realpathSync(process.argv[1]) === import.meta.filename) {
   await main().catch((error: unknown) => {
     process.stderr.write(`${error instanceof Error ? error.message : error}\n`);
     process.exit(1);

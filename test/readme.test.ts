@@ -12,7 +12,7 @@ import { promisify } from "node:util";
 import { runInNewContext } from "node:vm";
 import { challenge } from "../auth.ts";
 import { environment } from "../server.ts";
-import { openTaskStore, requestedScopes, RESOURCE_NAME } from "../tools.ts";
+import { newTask, openTaskStore, requestedScopes, RESOURCE_NAME } from "../tools.ts";
 import type { TaskStore } from "../tools.ts";
 import { demo } from "./run/demo.ts";
 import { dev } from "./run/dev.ts";
@@ -281,7 +281,7 @@ describe("Make it yours", () => {
     const directory = await temporaryDirectory(t);
     const url = `file:${join(directory, "tasks.db")}`;
     const before = await openTaskStore(url, assert.fail);
-    await before.create(ALICE.sub, { title: "Old", notes: null, due_at: null });
+    await before.create(ALICE.sub, newTask({ title: "Old", notes: null, due_at: null }));
     await before.close();
 
     const { createServer, openTaskStore: openChanged } = await changed(
@@ -316,12 +316,12 @@ describe("Make it yours", () => {
       t,
       (source) => `${edit(source)}\n${store}\n`,
     );
-    const { databaseUrl } = readSettings({
+    const { DATABASE_URL } = readSettings({
       AUTH0_DOMAIN: "tenant.example.auth0.com",
       MCP_SERVER_URL: "https://mcp.example.com/mcp",
       DATABASE_URL: "mongodb://localhost/tasks",
     });
-    const opened = await openChanged(databaseUrl, assert.fail);
+    const opened = await openChanged(DATABASE_URL, assert.fail);
     assert.equal("url" in opened && opened.url, "mongodb://localhost/tasks");
     const { call } = await startWith(t, { create: createServer, store: opened });
     assert.deepEqual((await call("list_tasks", {})).structuredContent, { tasks: [] });

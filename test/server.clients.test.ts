@@ -147,19 +147,24 @@ for (const part of ["half", "all"]) {
   });
 }
 
-test("a tool whose client goes learns it through the SDK's signal, and harms nobody", async (t) => {
+test("a tool whose client goes learns it through the SDK's signal, harms nobody, and is a line in the log", async (t) => {
   const { asked, goOn, list } = waitingList();
+  const log = logOf(t);
+  const server = await startServer({ AUTH0_DOMAIN: tenant.origin, LOG_LEVEL: "debug" });
+  t.after(server.close);
   t.mock.method(server.store, "list", list);
+  token = await tenant.sign({ aud: server.url });
   const { mock } = t.mock.method(AbortController.prototype, "abort");
   const isSdk = ({ stack }: { stack: Error }) => stack.stack?.includes("@modelcontextprotocol/sdk");
-  const socket = await open(port);
+  const socket = await open(Number(new URL(server.url).port));
   socket.write(wire(listTasks));
   await asked;
   socket.resetAndDestroy();
   await until(() => mock.calls.some(isSdk), "the SDK aborts the call");
-  await nothingOpen();
+  await nothingOpen(server);
+  assert.match(log.join(""), /^\S+ POST \/mcp tools\/call list_tasks the client has gone .* auth0\|alice \{.*\n$/);
   goOn(); // the tool ends, and there is nobody to answer
-  await assertServing();
+  assert.equal((await post(server.url, token, "ping")).status, 200);
 });
 
 test("a slow tool call keeps nobody else waiting", async (t) => {

@@ -9,7 +9,7 @@ import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { StreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/streamableHttp.js";
 import { Connection } from "./support/load.ts";
 import type { Reply } from "./support/load.ts";
-import { clientHeaders, startServer } from "./support/server.ts";
+import { clientHeaders, logOf, startServer } from "./support/server.ts";
 import type { RunningServer } from "./support/server.ts";
 import { configuredTenant, startTenant } from "./support/tenant.ts";
 import type { Tenant } from "./support/tenant.ts";
@@ -429,7 +429,7 @@ test("OpenAI's challenge is served as it was set, or not at all", async (t) => {
   assert.equal((await fetch(new URL(path, without.url))).status, 404);
 });
 
-test("the health check says ok, and 503 while the database does not answer", async (t) => {
+test("the health check says ok, and 503 while the database does not answer, with the cause in the log", async (t) => {
   const reply = await fetch(at("/health"));
   assert.equal(reply.status, 200);
   assert.match(await reply.text(), /^ok\n?$/);
@@ -438,7 +438,9 @@ test("the health check says ok, and 503 while the database does not answer", asy
     check: () => Promise.reject(new Error("the database is gone")),
     close: () => Promise.resolve(),
   };
-  const sick = await startServer({ AUTH0_DOMAIN: tenant.origin }, store);
+  const log = logOf(t);
+  const sick = await startServer({ AUTH0_DOMAIN: tenant.origin, LOG_LEVEL: "info" }, store);
   t.after(sick.close);
   assert.equal((await fetch(new URL("/health", sick.url))).status, 503);
+  assert.match(log.join(""), /GET \/health 503 .*the database is gone\n$/);
 });

@@ -120,7 +120,7 @@ describe("A new tenant", () => {
 
 test("the environment has to be as the server takes it", async () => {
   const env = { MCP_SERVER_URL: "https://mcp.example.com/mcp/" };
-  await assert.rejects(runSetup(tenant, {}, { env }), /^Error: MCP_SERVER_URL is .* ends in a slash/);
+  await assert.rejects(runSetup(tenant, {}, { env }), /^Error: MCP_SERVER_URL ends in a slash/);
 });
 
 test("a second run has nothing to do, and writes nothing", async () => {

@@ -11,7 +11,7 @@ import { createInterface } from "node:readline";
 import { json } from "node:stream/consumers";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
-import { openTaskStore } from "../tools.ts";
+import { newTask, openTaskStore } from "../tools.ts";
 import type { Task, TaskStore } from "../tools.ts";
 import { freePort, noSqlite, RUNTIME_FLAGS, spawnServer, startServer } from "./support/server.ts";
 import type { ServerProcess } from "./support/server.ts";
@@ -215,7 +215,7 @@ describe("a file at fault", { ...onSqlite, concurrency: true }, () => {
         return !message.includes("\n");
       });
     }
-    const { lines, exited } = spawnServer(environment(0, `file:${garbage}`));
+    const { lines, exited } = spawnServer(environment(1, `file:${garbage}`));
     assert.equal(await exited, 1);
     const [line = "", ...others] = lines.filter((line) => !/Warning|--trace-warnings/.test(line)); // Node 22's, of SQLite
     assert.ok(line.startsWith("DATABASE_URL: "), line);
@@ -287,7 +287,7 @@ describe("a file at fault", { ...onSqlite, concurrency: true }, () => {
     const user = await newUser(port);
     const store = await openTaskStore(`file:${file}`, () => {});
     for (const title of numbered(50)) {
-      await store.create(user.subject, { title, notes: "x".repeat(4_000), due_at: null });
+      await store.create(user.subject, newTask({ title, notes: "x".repeat(4_000), due_at: null }));
     }
     await store.close();
     const handle = await open(file, "r+");

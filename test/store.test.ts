@@ -6,7 +6,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, afterEach, before, describe, mock, test } from "node:test";
 import { pathToFileURL } from "node:url";
-import { openTaskStore } from "../tools.ts";
+import { newTask, openTaskStore } from "../tools.ts";
 import type { Task, TaskStore } from "../tools.ts";
 import { noPostgres, queryOnce, startPostgres } from "./support/postgres.ts";
 import type { Postgres } from "./support/postgres.ts";
@@ -61,7 +61,7 @@ async function list(store: TaskStore, owner: string): Promise<Task[]> {
   return (await store.list(owner, { limit: 2_000 })).map(found);
 }
 
-const task = (title: string) => ({ title, notes: null, due_at: null });
+const task = (title: string) => newTask({ title, notes: null, due_at: null });
 
 const titles = (tasks: Task[]) => tasks.map(({ title }) => title);
 
@@ -99,7 +99,7 @@ for (const { name, skip, overshoot, openTwo } of stores) {
     test("gives back what was created, to every instance", async () => {
       const owner = randomUUID();
       const fields = { title: "Pay rent", notes: "by bank", due_at: "2026-12-01T08:00:00.000Z" };
-      const created = found(await store.create(owner, fields));
+      const created = found(await store.create(owner, newTask(fields)));
       const { id, created_at, updated_at } = created;
       assert.deepEqual(created, { ...fields, id, status: "todo", created_at, updated_at });
       assert.match(id, /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/);
@@ -120,7 +120,7 @@ for (const { name, skip, overshoot, openTwo } of stores) {
       const owner = `auth0|${randomUUID()} é 👤 '`;
       for (const text of texts) {
         const created = found(
-          await store.create(owner, { title: text, notes: text.repeat(10), due_at: null }, text),
+          await store.create(owner, newTask({ title: text, notes: text.repeat(10), due_at: null }), text),
         );
         assert.equal(created.title, text);
         assert.equal(created.notes, text.repeat(10));
@@ -145,7 +145,10 @@ for (const { name, skip, overshoot, openTwo } of stores) {
       const made: Task[] = [];
       for (let time = 0; time < 10; time++) {
         setClock(time);
-        for (const server of [store, other]) made.push(found(await server.create(owner, task(`${time}`))));
+        const fields = { title: `${time}`, notes: null, due_at: null };
+        made.push(found(await store.create(owner, newTask(fields))));
+        const make = store === other ? newTask : another.newTask; // memory is one server's
+        made.push(found(await other.create(owner, make(fields))));
       }
       const order = ({ created_at, id }: Task) => `${created_at} ${id}`;
       const expected = made.map(order).sort().reverse();
@@ -170,7 +173,7 @@ for (const { name, skip, overshoot, openTwo } of stores) {
         setClock(1_000 + page);
         await other.create(owner, task("added meanwhile"));
         const last = found(seen.at(-1));
-        await other.update(owner, last.id, { status: "done" });
+        await other.update(owner, last.id, { ...last, status: "done" });
         await other.delete(owner, last.id); // which the next page starts after
         const unseen = found((await store.list(owner, { after: last, limit: 2 }))[1]);
         await other.delete(owner, unseen.id);
@@ -184,9 +187,8 @@ for (const { name, skip, overshoot, openTwo } of stores) {
       const setClock = stopClock();
       for (let index = 0; index < 9; index++) {
         setClock(index);
-        const { id } = found(await store.create(owner, task(`${index}`)));
-        const status = (["todo", "in_progress", "done"] as const)[index % 3];
-        await other.update(owner, id, { status });
+        const status = (["todo", "in_progress", "done"] as const)[index % 3] ?? "todo";
+        await store.create(owner, { ...task(`${index}`), status });
       }
       const [first, second, ...rest] = await store.list(owner, { status: "done", limit: 2 });
       assert.deepEqual([first?.title, second?.title, rest.length], ["8", "5", 0]);
@@ -195,24 +197,21 @@ for (const { name, skip, overshoot, openTwo } of stores) {
 
     test("an update changes what it names, clears what it sets to null, and leaves the rest", async () => {
       const owner = randomUUID();
-      const setClock = stopClock();
-      const created = found(
-        await store.create(owner, { title: "One", notes: "Two", due_at: "2026-12-01T08:00:00.000Z" }),
-      );
+      const fields = { title: "One", notes: "Two", due_at: "2026-12-01T08:00:00.000Z" };
+      const created = found(await store.create(owner, newTask(fields)));
       let expected = created;
       const changes = [
         { title: "Three" },
         { notes: null },
-        { due_at: null, title: undefined },
+        { due_at: null },
         { status: "done" },
         {},
         { title: "Four", notes: "Five", due_at: "2027-01-01T00:00:00.000Z", status: "in_progress" },
       ] as const;
       for (const [index, change] of changes.entries()) {
-        setClock((index + 1) * 1_000);
-        const given = Object.entries(change).filter(([, value]) => value !== undefined);
-        expected = { ...expected, ...Object.fromEntries(given), updated_at: new Date().toISOString() };
-        assert.deepEqual(found(await store.update(owner, created.id, change)), expected);
+        const updated_at = new Date(index).toISOString();
+        expected = { ...expected, ...change, updated_at };
+        assert.deepEqual(found(await store.update(owner, created.id, { ...change, updated_at })), expected);
         assert.deepEqual(await list(other, owner), [expected]);
       }
     });
@@ -222,7 +221,7 @@ for (const { name, skip, overshoot, openTwo } of stores) {
       const { id } = found(await store.create(owner, task("gone")));
       assert.equal(await store.delete(owner, id), true);
       for (const unknown of [id, randomUUID(), "no UUID", ""]) {
-        assert.equal(await store.update(owner, unknown, { title: "back" }), undefined);
+        assert.equal(await store.update(owner, unknown, task("back")), undefined);
         assert.equal(await other.delete(owner, unknown), false);
       }
       assert.deepEqual(await list(store, owner), []);
@@ -232,7 +231,7 @@ for (const { name, skip, overshoot, openTwo } of stores) {
       const [alice, mallory] = [randomUUID(), randomUUID()];
       const secret = found(await store.create(alice, task("secret"), "key"));
       assert.deepEqual(await list(store, mallory), []);
-      assert.equal(await store.update(mallory, secret.id, { title: "mine" }), undefined);
+      assert.equal(await store.update(mallory, secret.id, { title: "mine", updated_at: secret.updated_at }), undefined);
       assert.equal(await store.delete(mallory, secret.id), false);
       assert.notEqual((await store.create(mallory, task("own"), "key"))?.id, secret.id);
       assert.deepEqual(await list(store, alice), [secret]);
@@ -241,7 +240,7 @@ for (const { name, skip, overshoot, openTwo } of stores) {
     test("a key gives the same task back while it exists, whatever else is sent", async () => {
       const owner = randomUUID();
       const first = found(await store.create(owner, task("first"), "key"));
-      const changed = found(await store.update(owner, first.id, { status: "done" }));
+      const changed = found(await store.update(owner, first.id, { status: "done", updated_at: first.updated_at }));
       assert.deepEqual(found(await other.create(owner, task("second"), "key")), changed);
       assert.notEqual((await store.create(owner, task("other"), "other key"))?.id, first.id);
       assert.notEqual(
@@ -318,7 +317,7 @@ async function withChange(statements: string): Promise<string> {
     await cp(join(root, name), join(project, name));
   }
   const tools = await readFile(join(root, "tools.ts"), "utf8");
-  const end = tools.indexOf("\n];", tools.indexOf("\nconst CHANGES = ["));
+  const end = tools.indexOf("\n];", tools.indexOf("\nconst MIGRATIONS = ["));
   assert.ok(end > 0);
   await writeFile(join(project, "tools.ts"), `${tools.slice(0, end)}\n  "${statements}",${tools.slice(end)}`);
   return project;

@@ -93,14 +93,10 @@ test("five tools are listed, each with all that a model and a client want to kno
     "update_task",
     "delete_task",
   ]);
-  for (const { name, title, description, annotations, _meta } of tools) {
+  for (const { name, title, description, annotations } of tools) {
     assert.ok(title && description?.startsWith("Use this"), name);
     const hints = ["readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"];
     assert.deepEqual(Object.keys(annotations ?? {}).sort(), hints.sort(), name);
-    for (const when of ["invoking", "invoked"]) {
-      const shown = String(_meta[`openai/toolInvocation/${when}`] ?? "");
-      assert.ok(shown.length > 0 && shown.length <= 64, `${name}, ${when}: ${shown}`);
-    }
   }
   const readers = tools.filter(({ annotations }) => annotations?.readOnlyHint).map(({ name }) => name);
   assert.deepEqual(readers, ["get_profile", "list_tasks"]);
@@ -126,6 +122,20 @@ test("the listed schemas hold nothing that hosts choke on", () => {
     assert.equal(outputSchema.type, "object");
   }
   assert.deepEqual([...formats], ["date-time"]);
+});
+
+test("the listed schemas tell the model which lengths are taken", () => {
+  const { properties } = tools.find(({ name }) => name === "create_task")?.inputSchema ?? {};
+  const lengths = Object.entries(properties ?? {}).map(([name, schema]) => {
+    const [{ minLength, maxLength } = {}] = [...objectsIn(schema)].filter((one) => "maxLength" in one);
+    return [name, minLength, maxLength];
+  });
+  assert.deepEqual(lengths, [
+    ["title", 1, 200],
+    ["notes", undefined, 4_000],
+    ["due_at", undefined, undefined],
+    ["idempotency_key", 1, 200],
+  ]);
 });
 
 test("a stateless server does not say that it will report changes of the list", async () => {

@@ -4,7 +4,7 @@ import { randomUUID } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { isMain, runCommand } from "../support/command.ts";
-import { reason } from "../../auth.ts";
+import { describeError } from "../../auth.ts";
 import { readEnvironment, readSettings } from "../../server.ts";
 import * as checks from "../support/checks.ts";
 import { CannotTell, findCause, hide } from "../support/checks.ts";
@@ -142,7 +142,7 @@ async function lookInside(token: string, found: Found): Promise<Section> {
       ]),
     ];
   } catch (error) {
-    return [title, skip(1, reason(error))];
+    return [title, skip(1, describeError(error))];
   }
 }
 
@@ -194,7 +194,7 @@ export async function doctor(
 ): Promise<number> {
   const { AUTH0_CLIENT_ID: id, AUTH0_CLIENT_SECRET: secret } = env;
   const managementToken = env.AUTH0_MANAGEMENT_TOKEN?.trim();
-  const { serverUrl, issuer, port } = readSettings(env);
+  const { MCP_SERVER_URL: serverUrl, PORT: port, issuer } = readSettings(env);
   const found: Found = {
     serverUrl,
     port,

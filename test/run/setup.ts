@@ -3,7 +3,7 @@ import { createInterface } from "node:readline/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { isMain, runCommand } from "../support/command.ts";
-import { reason } from "../../auth.ts";
+import { describeError } from "../../auth.ts";
 import { readEnvironment, readSettings } from "../../server.ts";
 import { plan, type Setting, type State, WAYS } from "../support/guide.ts";
 import { ManagementClient, type Wait } from "../support/management-client.ts";
@@ -65,7 +65,7 @@ export async function setup(
   ask?: (question: string) => Promise<boolean>,
   wait: Wait = delay,
 ): Promise<number> {
-  const { issuer, serverUrl } = readSettings(env);
+  const { MCP_SERVER_URL: serverUrl, issuer } = readSettings(env);
   const token = env.AUTH0_MANAGEMENT_TOKEN?.trim() ?? "";
   // Names and messages come from outside: neither the token nor terminal codes are printed with them.
   const say = (text: string) => print(text.replaceAll(token || "\0", "(hidden)").replace(/[^\P{Cc}\n]/gu, "?"));
@@ -104,7 +104,7 @@ export async function setup(
     say(`\nStopped at what is by hand: Step ${stop.step}, ${stop.what}. Run this again when it is done.`);
     return 1;
   } catch (error) {
-    say(reason(error));
+    say(describeError(error));
     return 1;
   }
 }

@@ -9,7 +9,7 @@ import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/
 import * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
 import { decodeProtectedHeader } from "jose";
 import { z } from "zod";
-import { createAuthenticator, metadataUrl, reason } from "../../auth.ts";
+import { createAuthenticator, describeError, metadataUrl } from "../../auth.ts";
 import type { Caller } from "../../auth.ts";
 import type { Way } from "./guide.ts";
 
@@ -119,7 +119,7 @@ async function ask(url: string | URL, init: RequestInit = {}): Promise<Response>
   try {
     return await fetch(url, { signal: AbortSignal.timeout(TIMEOUT_MS), ...init, redirect: "manual" });
   } catch (error) {
-    throw new Error(`${String(url).split("?", 1)[0]} cannot be reached: ${reason(error)}`);
+    throw new Error(`${String(url).split("?", 1)[0]} cannot be reached: ${describeError(error)}`);
   }
 }
 
@@ -162,7 +162,7 @@ async function readDocument<T>(url: string, schema: { parse(json: unknown): T })
   try {
     return schema.parse(await response.json());
   } catch (error) {
-    throw new Error(`${url} is another document than expected: ${reason(error)}`);
+    throw new Error(`${url} is another document than expected: ${describeError(error)}`);
   }
 }
 
@@ -383,7 +383,7 @@ export const registerClient: Run = async (found) => {
     found.callback = found.listener.url;
     return `on. It created the application "${CLIENT_NAME}", ${client.client_id}: delete it afterwards`;
   } catch (error) {
-    const isOff = /registration.*(disabled|not enabled)/i.test(reason(error));
+    const isOff = /registration.*(disabled|not enabled)/i.test(describeError(error));
     const way = found.way ?? (metadata.client_id_metadata_document_supported ? "cimd" : "register");
     if (!isOff || way === "register") throw error;
     throw new CannotTell(`off, and the way ${way} needs none: look with --client at ChatGPT's client`);

@@ -7,7 +7,7 @@
  */
 import { readFileSync } from "node:fs";
 import { z } from "zod";
-import { reason } from "../../auth.ts";
+import { describeError } from "../../auth.ts";
 import type { ManagementClient } from "./management-client.ts";
 
 const PERMISSIONS = [
@@ -294,7 +294,7 @@ async function lookAtDocument({ auth0, document }: Context): Promise<State> {
       auth0.send("POST", "clients/cimd/register", { external_client_id: document }).catch(
         (error: unknown) => {
           throw new Error(
-            `${reason(error)}. Where Auth0 refuses the document, take --way register or --way fixed`,
+            `${describeError(error)}. Where Auth0 refuses the document, take --way register or --way fixed`,
           );
         },
       ),

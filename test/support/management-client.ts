@@ -1,6 +1,6 @@
 /** A client of Auth0's Management API, as far as `npm run setup` and `npm run doctor` need one. */
 import { z } from "zod";
-import { reason } from "../../auth.ts";
+import { describeError } from "../../auth.ts";
 
 const TIMEOUT_MS = 10_000;
 const PAGE_SIZE = 50;
@@ -88,7 +88,7 @@ export class ManagementClient {
         signal: AbortSignal.timeout(TIMEOUT_MS),
         ...(body !== undefined && { body: JSON.stringify(body) }),
       }).catch((error: unknown) => {
-        throw new Error(`${url.origin} cannot be reached: ${reason(error)}`);
+        throw new Error(`${url.origin} cannot be reached: ${describeError(error)}`);
       });
       const text = await response.text();
       if (response.status === 429 && tries < 5) { // nothing was done, so that a POST may be repeated as well

@@ -11,7 +11,7 @@ import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { StreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/streamableHttp.js";
 import { createRemoteJWKSet, jwtVerify } from "jose";
 import { z } from "zod";
-import { openTaskStore } from "../../tools.ts";
+import { newTask, openTaskStore } from "../../tools.ts";
 
 const { AUTH0_DOMAIN = "", MCP_SERVER_URL = "", DATABASE_URL, PORT } = process.env;
 const keys = createRemoteJWKSet(new URL(`${AUTH0_DOMAIN}/.well-known/jwks.json`));
@@ -59,15 +59,22 @@ function getServer(owner: string): McpServer {
     outputSchema: { task },
     annotations: { readOnlyHint: false },
   }, async ({ title, notes = null, due_at = null, idempotency_key }) => {
-    return result({ task: await store.create(owner, { title, notes, due_at }, idempotency_key) });
+    return result({ task: await store.create(owner, newTask({ title, notes, due_at }), idempotency_key) });
   });
-  server.registerTool("update_task", {
-    title: "Change a task",
-    description: "Use this to rename, reschedule, annotate, start, finish or reopen a task that exists.",
-    inputSchema: { id, title: title.optional(), notes, due_at, status: status.optional() },
-    outputSchema: { task },
-    annotations: { readOnlyHint: false },
-  }, async ({ id, ...changes }) => result({ task: await store.update(owner, id, changes) }));
+  server.registerTool(
+    "update_task",
+    {
+      title: "Change a task",
+      description: "Use this to rename, reschedule, annotate, start, finish or reopen a task that exists.",
+      inputSchema: { id, title: title.optional(), notes, due_at, status: status.optional() },
+      outputSchema: { task },
+      annotations: { readOnlyHint: false },
+    },
+    async ({ id, ...changes }) => {
+      const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
+      return result({ task: await store.update(owner, id, { ...given, updated_at: new Date().toISOString() }) });
+    },
+  );
   server.registerTool("delete_task", {
     title: "Delete a task",
     description: "Use this only when the user wants a task gone for good.",

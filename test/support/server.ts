@@ -58,8 +58,8 @@ export async function startServer(
     MCP_SERVER_URL: url,
     PORT: new URL(url).port || String(port),
   });
-  const tasks = store ?? await openTaskStore(settings.databaseUrl, () => {});
-  const server = create(settings, tasks).listen(settings.port, settings.host);
+  const tasks = store ?? await openTaskStore(settings.DATABASE_URL, () => {});
+  const server = create(settings, tasks).listen(settings.PORT, settings.HOST);
   await once(server, "listening");
   return {
     url,
