@@ -236,12 +236,15 @@ async function lookAtDefaultAudience(context: Context): Promise<State> {
   const { serverUrl } = context;
   const { default_audience: found, resource_parameter_profile: profile } = await readTenant(context.auth0);
   if (found === serverUrl) return ok(found);
+  // Documented: `resource` counts where no `audience` is sent. Not documented: a Default Audience of another API beside it.
+  if (profile === "compatibility") {
+    return ok(`${found || "none"}, but the Resource Parameter Compatibility Profile is on`);
+  }
   if (found) {
-    const how =
-      "Take a tenant of its own for this server, or change it: Settings → General → API Authorization Settings";
+    const how = "Take a tenant of its own for this server, or switch on Settings → Advanced → Resource Parameter " +
+      "Compatibility Profile, or change it: Settings → General → API Authorization Settings";
     return byHand(`${found}, on which other applications may depend`, how);
   }
-  if (profile === "compatibility") return ok("none, but the Resource Parameter Compatibility Profile is on");
   const will = `${serverUrl}, for every application of the tenant`;
   return toDo("none", will, setTenant(context, { default_audience: serverUrl }));
 }
