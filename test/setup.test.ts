@@ -93,6 +93,7 @@ describe("A new tenant", () => {
     const requests = recordRequests(tenant);
     const { status, output } = await runSetup(tenant, { way: "register" });
     assert.equal(status, 1);
+    assert.match(output, /^to do {4}Step 1 {2}API: none with this Identifier → "Tasks" with RS256, .*tasks:write$/m);
     assert.match(output, /5 to do, 0 by hand\. npm run setup -- --apply does what is to do\.$/);
     assert.deepEqual(requests.filter((request) => !request.startsWith("GET ")), []);
   });
