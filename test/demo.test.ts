@@ -110,6 +110,14 @@ for (const [setting, { symptom, step }] of Object.entries(SYMPTOMS)) {
   });
 }
 
+test("--break offline-access on a strict tenant is a mismatch of scopes, and the README sends on to API Settings", async () => {
+  const { status, stdout } = await run("--break", "offline-access", "--tenant", "strict");
+  assert.equal(status, 0, stdout);
+  assert.match(stdout, /Symptom +OAUTH_SCOPES_MISMATCH.*offline_access/);
+  const section = TROUBLESHOOTING.split(/^### /m).find((part) => part.startsWith("OAUTH_SCOPES_MISMATCH"));
+  assert.match(section ?? "", /strict.*\(#api-settings\)/s);
+});
+
 test("--break alone lists the settings, one an indented line, name first", async () => {
   const { status, stdout } = await run("--break");
   assert.equal(status, 0);

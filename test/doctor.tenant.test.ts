@@ -1,5 +1,6 @@
 /** `npm run doctor` against tenants: each kind, each setting of the guide left out, and Auth0's ways of refusing. */
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { after, before, beforeEach, describe, test } from "node:test";
 import { assertMissing, environment, runDoctor, start, startWithTenantThat, statusOf } from "./support/doctor.ts";
 import type { Environment } from "./support/doctor.ts";
@@ -286,8 +287,10 @@ describe("between the doctor and the tenant", () => {
     });
     assertMissing(await runDoctor(env), [
       0,
-      /clock: found 12\d s between the tenant's and this/,
+      /clock: found 12\d s between the tenant's and this.*README, "401 after a good login"/,
     ]);
+    const readme = readFileSync(new URL("../README.md", import.meta.url), "utf8");
+    assert.match(readme, /^### 401 after a good login\n\n(?:.+\n)*.* clock/m); // the same remedy
   });
 });
 

@@ -15,9 +15,7 @@ import { environment } from "../server.ts";
 import { newTask, openTaskStore, requestedScopes, RESOURCE_NAME } from "../tools.ts";
 import type { TaskStore } from "../tools.ts";
 import { demo } from "./run/demo.ts";
-import { dev } from "./run/dev.ts";
 import { freePort, noSqlite, post, startServer } from "./support/server.ts";
-import { reset, runSetup } from "./support/setup.ts";
 import { isStrict, settingsFor } from "./support/tenant-settings.ts";
 import type { ClientKind, SettingName } from "./support/tenant-settings.ts";
 import { ALICE, configuredTenant, startTenant } from "./support/tenant.ts";
@@ -106,9 +104,11 @@ test("the table of the environment names the settings that the server reads, and
   for (const name of ofCommands) assert.ok(section("Environment").includes(`\`${name}\``), name);
 });
 
-test("the table of the tools names the tools that the server lists", async (t) => {
+test("the tools and scopes that are named are those of the server", async (t) => {
   const { tools } = await startWith(t);
-  assert.deepEqual(firstColumn("Tools").filter((name) => name.includes("_")).sort(), tools.sort());
+  const named = [...section("Permissions per tool").matchAll(/`([a-z]+[_:][a-z]+)`/g)].map(([, name]) => name);
+  const scopes = requestedScopes(true).filter((scope) => scope.includes(":"));
+  assert.deepEqual(named.sort(), [...tools, ...scopes].sort());
 });
 
 test("the names of --break are those that the demo lists", async () => {
@@ -124,14 +124,6 @@ test("the demo's output stands in the README as the demo prints it", async () =>
   const general = (text: string) =>
     text.replace(/localhost:\d+/g, "localhost").replace(/[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}/g, "ID");
   for (const part of general(quoted).split(/^ *…\n/m)) assert.ok(general(stdout).includes(part), part);
-});
-
-test("setup's output stands in the README as setup prints it", async (t) => {
-  const tenant = await startTenant();
-  t.after(() => tenant.close());
-  reset(tenant, { kind: "strict" });
-  const { output } = await runSetup(tenant, { way: "register" }, { serverUrl: "https://tasks.example.com/mcp" });
-  assert.equal(block("text", "to do"), `${output}\n`);
 });
 
 test("the challenge of Step 0 is the server's", () => {
@@ -199,58 +191,25 @@ test("the table of ways says what the tests walk: what each kind of client needs
   }
 });
 
-describe("Step 6, pasted into a shell", () => {
-  /** Runs the block as it stands, beside this `.env`. */
-  async function paste(t: TestContext, env: string) {
-    const directory = await temporaryDirectory(t);
-    await writeFile(join(directory, ".env"), env);
-    const script = `${block("sh", "client_credentials")}\nset > variables`;
-    const options = { cwd: directory, env: { PATH: process.env.PATH } };
-    const { stdout } = await promisify(execFile)("sh", ["-c", script], options);
-    return { stdout, variables: readFileSync(join(directory, "variables"), "utf8") };
-  }
+test("Step 6, with its placeholders filled in, gets a token and calls a tool", async (t) => {
+  const url = `http://localhost:${await freePort()}/mcp`;
+  const tenant = await startTenant(configuredTenant("strict", url));
+  t.after(() => tenant.close());
+  const server = await startServer({ AUTH0_DOMAIN: tenant.origin, MCP_SERVER_URL: url });
+  t.after(server.close);
 
-  /** What `npm run dev` prints for `.env`. */
-  async function startDev(t: TestContext): Promise<string> {
-    const ports = { PORT: String(await freePort()), TENANT_PORT: String(await freePort()) };
-    let printed = "";
-    const stop = await dev([], { ...ports, LOG_LEVEL: "silent" }, (text) => printed += text);
-    t.after(stop);
-    return [...printed.matchAll(/^ +[A-Z0-9_]+=.*$/gm)].join("\n");
-  }
-
-  test("calls a tool of what npm run dev prints", async (t) => {
-    const { stdout } = await paste(t, await startDev(t));
-    assert.equal(JSON.parse(stdout).result.structuredContent.task.title, "Written with curl");
-  });
-
-  test("says what Auth0 said when it gave no token, and calls nothing", async (t) => {
-    const { stdout } = await paste(t, `${await startDev(t)}x`);
-    assert.match(stdout, /^Auth0 gave no token: \{"error":"invalid_client".*\}\n$/);
-  });
-
-  test("takes a .env with quotes, spaces and CRLF, and leaves nothing of it in the shell", async (t) => {
-    const port = await freePort();
-    const url = `http://localhost:${port}/mcp`;
-    const tenant = await startTenant(configuredTenant("strict", url));
-    t.after(() => tenant.close());
-    const server = await startServer({ AUTH0_DOMAIN: tenant.origin, MCP_SERVER_URL: url });
-    t.after(server.close);
-    const [machine] = tenant.settings.applications;
-    assert.ok(machine);
-    machine.clientSecret = "a secret & more # than that";
-
-    const lines = [
-      "# Settings",
-      `AUTH0_DOMAIN=${tenant.origin}`,
-      `MCP_SERVER_URL = "${url}"`,
-      `AUTH0_CLIENT_ID=${machine.clientId}`,
-      `AUTH0_CLIENT_SECRET='${machine.clientSecret}'`,
-    ];
-    const { stdout, variables } = await paste(t, `${lines.join("\r\n")}\r\n`);
-    assert.equal(JSON.parse(stdout).result.structuredContent.task.title, "Written with curl");
-    assert.doesNotMatch(variables, /^(AUTH0_|MCP_|token|answer)/m);
-  });
+  const paste = async (command: string, token = "") => {
+    const filledIn = command
+      .replace("https://your-tenant.us.auth0.com", tenant.origin)
+      .replace("https://your-domain.com/mcp", url)
+      .replace("=CLIENT_ID", "=machine")
+      .replace("=CLIENT_SECRET", "=machine-secret")
+      .replace("ACCESS_TOKEN", token);
+    return JSON.parse((await promisify(execFile)("sh", ["-c", filledIn])).stdout);
+  };
+  const [getToken = "", callTool = ""] = block("sh", "client_credentials").split(/^(?=curl)/m);
+  const { access_token: token } = await paste(getToken);
+  assert.deepEqual((await paste(callTool, token)).result.structuredContent, { tasks: [] });
 });
 
 describe("Make it yours", () => {

@@ -97,11 +97,15 @@ describe("What is there already is not overwritten, but said, with the choice", 
     assert.deepEqual(tenant.settings.apis[0]?.permissions, ["notes:read", "tasks:read", "tasks:write"]);
   });
 
-  test("the Resource Parameter Compatibility Profile will do in place of a Default Audience", async () => {
-    reset(tenant, configuredTenant("permissive", SERVER_URL));
-    Object.assign(tenant.settings, { defaultAudience: "", resourceParameterCompatibilityProfile: true });
-    assert.equal((await runSetup(tenant, REGISTER)).status, 0);
-  });
+  for (const defaultAudience of ["", "https://other.example.com/"]) {
+    test(`the Resource Parameter Compatibility Profile does for the Default Audience "${defaultAudience}"`, async () => {
+      reset(tenant, configuredTenant("permissive", SERVER_URL));
+      Object.assign(tenant.settings, { defaultAudience, resourceParameterCompatibilityProfile: true });
+      const { status, output } = await runSetup(tenant, REGISTER);
+      assert.equal(status, 0, output);
+      assert.match(output, /Default Audience: \S+, but the Resource Parameter Compatibility Profile is on/);
+    });
+  }
 });
 
 describe("The Action", () => {

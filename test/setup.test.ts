@@ -1,8 +1,13 @@
 /** `npm run setup`: what it says is left to do on a tenant, and that ChatGPT can be linked when it has done it. */
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
+import { cp, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
+import { pathToFileURL } from "node:url";
 import { type ClientDocuments, Connector, publishClientMetadata } from "./support/chatgpt.ts";
+import { ManagementClient } from "./support/management-client.ts";
 import { type RunningServer, RUNTIME_FLAGS, startServer } from "./support/server.ts";
 import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL, TOKEN } from "./support/setup.ts";
 import {
@@ -88,6 +93,7 @@ describe("A new tenant", () => {
     const requests = recordRequests(tenant);
     const { status, output } = await runSetup(tenant, { way: "register" });
     assert.equal(status, 1);
+    assert.match(output, /^to do {4}Step 1 {2}API: none with this Identifier → "Tasks" with RS256, .*tasks:write$/m);
     assert.match(output, /5 to do, 0 by hand\. npm run setup -- --apply does what is to do\.$/);
     assert.deepEqual(requests.filter((request) => !request.startsWith("GET ")), []);
   });
@@ -255,6 +261,33 @@ test("where the API asks for a grant, an application made by hand needs it", asy
   assert.match(report.output, /"ChatGPT" may not call the API\n {17}.* → APIs → User Access$/m);
   tenant.settings.applications.forEach((application) => application.userDelegatedApis = [SERVER_URL]);
   assert.equal((await runSetup(tenant)).status, 0);
+});
+
+test("the API gets the name and the permissions that tools.ts gives it", async (t) => {
+  reset(tenant, { kind: "strict" });
+  const directory = await mkdtemp(join(tmpdir(), "setup-"));
+  t.after(() => rm(directory, { recursive: true }));
+  const root = join(import.meta.dirname, "..");
+  for (const file of ["auth.ts", "package.json", "test/support/guide.ts"]) {
+    await cp(join(root, file), join(directory, file));
+  }
+  await symlink(join(root, "node_modules"), join(directory, "node_modules"));
+  const tools = (await readFile(join(root, "tools.ts"), "utf8")).replaceAll('"tasks:', '"notes:');
+  await writeFile(join(directory, "tools.ts"), tools.replace('RESOURCE_NAME = "Tasks"', 'RESOURCE_NAME = "Notes"'));
+
+  const guide: typeof import("./support/guide.ts") = await import(
+    pathToFileURL(join(directory, "test/support/guide.ts")).href
+  );
+  const auth0 = new ManagementClient(tenant.issuer, TOKEN, () => Promise.resolve(), assert.fail);
+  const { settings } = await guide.plan(auth0, { serverUrl: SERVER_URL, way: "register" });
+  for (const { read } of settings.slice(0, 2)) {
+    const state = await read();
+    assert.match(state.status === "to do" ? state.will : "", /^("Notes" with .*, )?notes:read,? notes:write$/);
+    if (state.status === "to do") await state.apply();
+  }
+  const [api] = tenant.settings.apis;
+  assert.deepEqual(api?.permissions, ["notes:read", "notes:write"]);
+  assert.deepEqual(api?.defaultPermissionsForThirdPartyApplications, ["notes:read", "notes:write"]);
 });
 
 describe("The command line", () => {

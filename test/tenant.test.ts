@@ -192,7 +192,7 @@ test("without an audience the token is an encrypted JWE, or opaque", async (t) =
   assert.doesNotMatch((await link(tenant)).accessToken, /\./);
 });
 
-test("resource names the API under the compatibility profile only, and audience wins over it", async (t) => {
+test("resource names the API under the compatibility profile only, and audience alone wins over it", async (t) => {
   const tenant = await start(t, "permissive", {
     resourceParameterCompatibilityProfile: true,
     defaultAudience: "",
@@ -202,6 +202,8 @@ test("resource names the API under the compatibility profile only, and audience 
   await assert.rejects(link(tenant, { resource: API, audience: "https://other.example" }), {
     message: "Oops!, something went wrong access_denied: Service not found: https://other.example",
   });
+  tenant.settings.defaultAudience = "https://other.example";
+  assert.equal(decodeJwt((await link(tenant, { resource: API, scope: "offline_access" })).accessToken).aud, API);
   tenant.settings.resourceParameterCompatibilityProfile = false;
   tenant.settings.defaultAudience = API;
   assert.ok(await link(tenant, { resource: "https://other.example" }));

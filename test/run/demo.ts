@@ -89,9 +89,9 @@ const BREAKS: Record<string, Break> = {
   "offline-access": {
     about: "Allow Offline Access is off for the API",
     step: `${STEP_1}, API Settings`,
-    kinds: ["permissive"],
+    kinds: ["permissive", "strict"],
     leaveOut: ({ tenant: { settings } }) => settings.apis.forEach((api) => api.allowOfflineAccess = false),
-    symptom: /No refresh token/,
+    symptom: /No refresh token|OAUTH_SCOPES_MISMATCH.*offline_access/, // the latter where no Action adds the scope
   },
   "connection": {
     about: "the connection is not promoted to domain level",

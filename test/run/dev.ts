@@ -62,7 +62,7 @@ export async function dev(
 The tenant is ${tenant.issuer} (stand-in, ${kind}). It asks for no password: sign in as
 ${settings.users.map(({ email }) => `  ${email}`).join("\n")}
 
-For .env, to try the README's Step 6 and npm run doctor:
+For the README's Step 6, and in .env for npm run doctor:
   AUTH0_DOMAIN=${tenant.origin}
   MCP_SERVER_URL=${server.url}
   AUTH0_CLIENT_ID=${machine?.clientId}

@@ -8,13 +8,17 @@
 import { readFileSync } from "node:fs";
 import { z } from "zod";
 import { describeError } from "../../auth.ts";
+import { requestedScopes, RESOURCE_NAME } from "../../tools.ts";
 import type { ManagementClient } from "./management-client.ts";
 
-const PERMISSIONS = [
-  { value: "tasks:read", description: "See your tasks" },
-  { value: "tasks:write", description: "Create, change and delete your tasks" },
-];
-const SCOPES = PERMISSIONS.map(({ value }) => value);
+/** What the tools need. */
+const SCOPES = requestedScopes(true).filter((scope) => scope !== "offline_access");
+/** What a consent page may show of them. One that has none here goes by its name. */
+const DESCRIPTIONS: Record<string, string> = {
+  "tasks:read": "See your tasks",
+  "tasks:write": "Create, change and delete your tasks",
+};
+const PERMISSIONS = SCOPES.map((value) => ({ value, description: DESCRIPTIONS[value] ?? value }));
 const ACTION_NAME = "Add Scopes for ChatGPT";
 /** ChatGPT's where the tenant names its issuer in every answer (RFC 9207). Otherwise each connection has its own. */
 const DOCUMENT_FOR_ALL = "https://chatgpt.com/oauth/client.json";
@@ -139,10 +143,10 @@ async function lookAtApi(context: Context): Promise<State> {
   const { auth0, serverUrl } = context;
   const api = await readApi(auth0, context);
   if (!api) {
-    const will = `"Tasks" with RS256, Allow Offline Access, ${SCOPES.join(", ")}`;
+    const will = `"${RESOURCE_NAME}" with RS256, Allow Offline Access, ${SCOPES.join(", ")}`;
     return toDo("none with this Identifier", will, () =>
       auth0.send("POST", "resource-servers", {
-        name: "Tasks",
+        name: RESOURCE_NAME,
         identifier: serverUrl,
         signing_alg: "RS256",
         allow_offline_access: true,
@@ -236,12 +240,15 @@ async function lookAtDefaultAudience(context: Context): Promise<State> {
   const { serverUrl } = context;
   const { default_audience: found, resource_parameter_profile: profile } = await readTenant(context.auth0);
   if (found === serverUrl) return ok(found);
+  // Documented: `resource` counts where no `audience` is sent. Not documented: a Default Audience of another API beside it.
+  if (profile === "compatibility") {
+    return ok(`${found || "none"}, but the Resource Parameter Compatibility Profile is on`);
+  }
   if (found) {
-    const how =
-      "Take a tenant of its own for this server, or change it: Settings → General → API Authorization Settings";
+    const how = "Take a tenant of its own for this server, or switch on Settings → Advanced → Resource Parameter " +
+      "Compatibility Profile, or change it: Settings → General → API Authorization Settings";
     return byHand(`${found}, on which other applications may depend`, how);
   }
-  if (profile === "compatibility") return ok("none, but the Resource Parameter Compatibility Profile is on");
   const will = `${serverUrl}, for every application of the tenant`;
   return toDo("none", will, setTenant(context, { default_audience: serverUrl }));
 }
