@@ -191,7 +191,7 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
     if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { Allow: "POST" });
 
     const text = await readBody(request);
-    let body: Loose;
+    let body: Unchecked;
     try {
       body = JSON.parse(text);
     } catch {
@@ -357,10 +357,10 @@ class PostTransport implements Transport {
 }
 
 /** A body before it is checked. */
-type Loose = { id?: unknown; params?: { arguments?: unknown } | null } | null;
+type Unchecked = { id?: unknown; params?: { arguments?: unknown } | null } | null;
 
 /** Undefined where it is no message. Some clients send null for what they leave out. */
-function readMessage(body: Loose): mcp.JSONRPCMessage | undefined {
+function readMessage(body: Unchecked): mcp.JSONRPCMessage | undefined {
   if (body?.params === null) delete body.params;
   if (body?.params?.arguments === null) delete body.params.arguments;
   return mcp.JSONRPCMessageSchema.safeParse(body).data;

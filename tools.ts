@@ -539,7 +539,7 @@ async function openSqlite(url: string): Promise<Database> {
   };
 }
 
-/** TLS is as the URL's `sslmode` says, read as libpq and other clients read it: `require` does not check the name. */
+/** TLS is as the URL's `sslmode` says, read as libpq reads it: `require` encrypts and checks no certificate. */
 async function openPostgres(url: string, warn: (line: string) => void): Promise<Database> {
   const { default: pg } = await import("pg").catch(() => {
     throw new Error("its driver is missing, run: npm install --save-prod pg");
