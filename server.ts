@@ -20,6 +20,7 @@ import type { Transport } from "@modelcontextprotocol/sdk/shared/transport.js";
 import * as mcp from "@modelcontextprotocol/sdk/types.js";
 import { z } from "zod";
 import { createAuthenticator, describeError, HttpError, metadataUrl, protectedResourceMetadata } from "./auth.ts";
+import type { Caller } from "./auth.ts";
 import { createMcpServerFactory, databaseUrlSchema, openTaskStore, requestedScopes, RESOURCE_NAME } from "./tools.ts";
 import type { TaskStore } from "./tools.ts";
 
@@ -28,26 +29,23 @@ import type { TaskStore } from "./tools.ts";
 /** The environment. A message says which rule a value breaks, and the description what it must be. */
 export const environment = z.object({
   AUTH0_DOMAIN: z.string("is missing")
-    .refine((text) => !text.startsWith("your-tenant."), rule("is missing, since the README's example does not count"))
-    .refine((text) => !text.includes("://") || isLocal(text), rule("begins with a scheme")) // the stand-in tenant may
+    .refine((text) => !text.startsWith("your-tenant."), rule("is missing (this is the README's example)"))
+    .refine((text) => !text.includes("://") || isLocal(text), rule("begins with a scheme")) // which the stand-in has
     .refine((text) => !text.replace("://", "").includes("/"), rule("holds a slash"))
     .refine((text) => !/[A-Z]/.test(text), rule("holds a capital letter"))
-    .refine((text) => /^([a-z\d]([a-z\d-]*[a-z\d])?\.)+[a-z]{2,}$/.test(text) || isOrigin(text), rule("is no domain"))
-    .describe("the tenant's domain and nothing else, such as your-tenant.us.auth0.com"),
+    .refine((text) => /^([a-z\d-]+\.)+[a-z][a-z\d-]+$/.test(text) || isOrigin(text), rule("is no domain"))
+    .describe("the tenant's domain and nothing else, such as acme.us.auth0.com"),
   MCP_SERVER_URL: z.string("is missing")
     .refine((text) => URL.canParse(text), rule("is no URL"))
-    .refine(
-      (text) => new URL(text).hostname !== "your-domain.com",
-      rule("is missing, since the README's example does not count"),
-    )
+    .refine((text) => new URL(text).hostname !== "your-domain.com", rule("is missing (this is the README's example)"))
     .refine((text) => text.startsWith("https:") || isLocal(text), rule("is not https"))
     .refine((text) => !/[?#]/.test(text), rule("has a query or a fragment"))
     .refine((text) => new URL(text).pathname !== "/", rule("has no path"))
     .refine((text) => !text.endsWith("/"), rule("ends in a slash"))
-    // Clients would write it as a URL parser does, and the tenant compares characters.
+    // Clients send the URL as a parser writes it, and Auth0 compares characters.
     .refine((text) => new URL(text).origin + new URL(text).pathname === text, rule("is not in its normal form"))
     .describe(
-      "the public URL of the MCP endpoint, such as https://your-domain.com/mcp: https, a path, no slash at the end, no " +
+      "the public URL of the MCP endpoint, such as https://tasks.example.com/mcp: https, a path, no slash at the end, no " +
         "query, the host in lower case and without a default port",
     ),
   PORT: z.string().regex(/^[1-9]\d{0,4}$/, rule("is no port number")).transform(Number)
@@ -63,14 +61,10 @@ export const environment = z.object({
   LOG_LEVEL: z.enum(["silent", "info", "debug"], "is no log level").default("info").describe("silent, info or debug"),
 });
 
-const settingsSchema = environment.transform((env) => ({
-  ...env,
-  /** As tokens name it: `https://<domain>/`. */
-  issuer: `${env.AUTH0_DOMAIN.includes("://") ? "" : "https://"}${env.AUTH0_DOMAIN}/`,
-}));
-export type Settings = z.output<typeof settingsSchema>;
+/** `issuer` is the tenant as tokens name it: `https://<domain>/`. */
+export type Settings = z.output<typeof environment> & { issuer: string };
 
-/** The rules after one that is broken are not looked at. */
+/** The first rule that is broken ends the check: one line a value. */
 function rule(error: string) {
   return { error, abort: true };
 }
@@ -94,8 +88,10 @@ type Environment = Record<string, string | undefined>;
  */
 export function readSettings(env: Environment): Settings {
   const given = Object.fromEntries(Object.entries(env).filter(([, text]) => text));
-  const { success, data, error } = settingsSchema.safeParse(given);
-  if (success) return data;
+  const { success, data, error } = environment.safeParse(given);
+  if (success) {
+    return { ...data, issuer: `${data.AUTH0_DOMAIN.includes("://") ? "" : "https://"}${data.AUTH0_DOMAIN}/` };
+  }
   const lines = error.issues.map(({ path, message }) => {
     const name = path[0] as keyof typeof environment.shape;
     return `${name} ${message}: it must be ${environment.shape[name].description}`;
@@ -135,13 +131,14 @@ interface Reply {
   headers?: Record<string, string>;
   /** Text is sent as it is, and anything else as JSON. */
   body?: unknown;
-  /** For the log: what was called, and by whom or why it was refused. */
+  /** For the log: what was called. */
   call?: string;
+  /** For the log: who called, and why it was refused. */
   note?: string;
 }
 
 /** @param signal Aborted when the client has gone. */
-type Route = (request: http.IncomingMessage, signal: AbortSignal) => Reply | Promise<Reply>;
+type Route = (request: http.IncomingMessage, signal: AbortSignal) => Promise<Reply>;
 
 /**
  * Makes the server, not yet listening, so that tests can start the real one on a port of their own.
@@ -186,22 +183,23 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
 
   async function serveMcp(request: http.IncomingMessage, signal: AbortSignal): Promise<Reply> {
     const [authorization, ...others] = new Set(request.headersDistinct.authorization);
-    if (others.length > 0) throw new HttpError(400, "Two different Authorization headers: one of them is not meant");
+    if (others.length > 0) throw new HttpError(400, "Two different Authorization headers: send one");
     const caller = await authenticate(authorization);
+    const reply = await exchangeMessage(request, caller, signal).catch(refuse);
+    return { ...reply, note: `${caller.subject} ${reply.note ?? JSON.stringify(caller.claims)}` };
+  }
+
+  async function exchangeMessage(request: http.IncomingMessage, caller: Caller, signal: AbortSignal): Promise<Reply> {
     if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { Allow: "POST" });
 
-    const text = await readBody(request);
-    let body: Unchecked;
-    try {
-      body = JSON.parse(text);
-    } catch {
-      return refuse(new HttpError(400, "Parse error: the body is not JSON"), mcp.ErrorCode.ParseError);
-    }
+    const body = parseJson(await readBody(request));
     const message = readMessage(body);
     if (message === undefined) {
       const id = z.union([z.string(), z.number()]).safeParse(body?.id).data;
-      const error = new HttpError(400, "Invalid Request: the body must be one JSON-RPC 2.0 message, and no batch");
-      return refuse(error, mcp.ErrorCode.InvalidRequest, id);
+      const [code, text] = body === undefined
+        ? [mcp.ErrorCode.ParseError, "Parse error: the body is not JSON in UTF-8"]
+        : [mcp.ErrorCode.InvalidRequest, "Invalid Request: the body must be one JSON-RPC 2.0 message, and no batch"];
+      return refuse(new HttpError(400, text), code, id);
     }
     checkProtocolVersion(request, message);
 
@@ -212,8 +210,7 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
     // Closed only where the client has gone: after its reply a server holds nothing, and closing costs 10 % of a call.
     signal.addEventListener("abort", () => void mcpServer.close());
     const reply = await transport.exchange(message);
-    const note = `${caller.subject} ${JSON.stringify(caller.claims)}`;
-    return { status: reply === undefined ? 202 : 200, body: reply, call: nameOf(message), note };
+    return { status: reply === undefined ? 202 : 200, body: reply, call: nameOf(message) };
   }
 
   async function checkHealth(): Promise<string> {
@@ -248,26 +245,19 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
 
 /** A refusal as MCP's clients read it: a JSON-RPC error. */
 function refuse(error: unknown, code = -32000, id: string | number | null = null): Reply {
-  const [status, headers, message] = error instanceof HttpError
-    ? [error.status, error.headers, error.message]
-    : [500, {}, "The server failed; its log says why"];
+  const { status, headers, message } = error instanceof HttpError
+    ? error
+    : new HttpError(500, "The server failed; its log says why");
   return { status, headers, body: { jsonrpc: "2.0", error: { code, message }, id }, note: describeError(error) };
 }
 
 function send(response: http.ServerResponse, { status, body, headers = {} }: Reply) {
-  if (body === undefined) {
-    response.writeHead(status, headers).end();
-    return;
-  }
   const isText = typeof body === "string";
-  const text = isText ? body : JSON.stringify(body);
-  response.writeHead(status, {
-    "Content-Type": isText ? "text/plain; charset=utf-8" : "application/json",
-    "Content-Length": Buffer.byteLength(text),
-    "Cache-Control": "no-store", // a cached challenge or metadata document would outlive the setting it came from
-    ...headers,
-  });
-  response.end(text);
+  response.statusCode = status;
+  response.setHeader("Cache-Control", "no-store"); // a cached challenge or document would outlive its setting
+  if (body !== undefined) response.setHeader("Content-Type", isText ? "text/plain; charset=utf-8" : "application/json");
+  for (const [name, value] of Object.entries(headers)) response.setHeader(name, value);
+  response.end(isText ? body : JSON.stringify(body));
 }
 
 /** The path to route by: no query, since it may hold a token, no doubled slashes, and none at the end. */
@@ -307,7 +297,7 @@ function preflight({ headers }: http.IncomingMessage): Reply {
   };
 }
 
-async function readBody(request: http.IncomingMessage): Promise<string> {
+async function readBody(request: http.IncomingMessage): Promise<Buffer> {
   const { "content-type": type = "", "content-encoding": encoding = "identity" } = request.headers;
   if (!/^application\/json\s*(;|$)/i.test(type)) throw new HttpError(415, "Content-Type must be application/json");
   if (!/^identity$/i.test(encoding)) throw new HttpError(415, `Content-Encoding ${encoding} is not read here`);
@@ -318,7 +308,16 @@ async function readBody(request: http.IncomingMessage): Promise<string> {
     if (size > MAX_BODY_BYTES) throw new HttpError(413, `The body must not exceed ${MAX_BODY_BYTES} bytes`);
     chunks.push(chunk);
   }
-  return new TextDecoder().decode(Buffer.concat(chunks)); // which drops a byte order mark
+  return Buffer.concat(chunks);
+}
+
+/** Undefined where it is no JSON. */
+function parseJson(bytes: Buffer): Unchecked {
+  try {
+    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes)); // which drops a byte order mark
+  } catch {
+    return undefined;
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------- MCP
@@ -356,8 +355,8 @@ class PostTransport implements Transport {
   }
 }
 
-/** A body before it is checked. */
-type Unchecked = { id?: unknown; params?: { arguments?: unknown } | null } | null;
+/** Any JSON, and what is read of it before it is checked: of a number or a string these properties are undefined. */
+type Unchecked = { id?: unknown; params?: { arguments?: unknown } | null } | null | undefined;
 
 /** Undefined where it is no message. Some clients send null for what they leave out. */
 function readMessage(body: Unchecked): mcp.JSONRPCMessage | undefined {
@@ -370,18 +369,17 @@ function readMessage(body: Unchecked): mcp.JSONRPCMessage | undefined {
 function checkProtocolVersion({ headers }: http.IncomingMessage, message: mcp.JSONRPCMessage) {
   const header = headers["mcp-protocol-version"];
   if (header === undefined || ("method" in message && message.method === "initialize")) return;
-  const [version = "", ...others] = new Set(String(header).split(/\s*,\s*/)); // Node joins repeated headers
-  if (others.length === 0 && mcp.SUPPORTED_PROTOCOL_VERSIONS.includes(version)) return;
+  const given = [...new Set(String(header).split(/\s*,\s*/))].join(", "); // Node joins repeated headers: once is enough
+  if (mcp.SUPPORTED_PROTOCOL_VERSIONS.includes(given)) return;
   const supported = mcp.SUPPORTED_PROTOCOL_VERSIONS.join(", ");
-  const given = [version, ...others].join(", ");
   throw new HttpError(400, `Bad Request: Unsupported protocol version: ${given} (supported versions: ${supported})`);
 }
 
-/** For the log: the method, and the tool where one is called. */
+/** For the log: the method, and the name of what it calls. */
 function nameOf(message: mcp.JSONRPCMessage): string {
   if (!("method" in message)) return "reply";
-  const tool = message.method === "tools/call" ? ` ${message.params?.name}` : "";
-  return `${message.method}${tool}`.slice(0, 200);
+  const name = message.params?.name; // whatever the client sent: only a string can be printed
+  return `${message.method} ${typeof name === "string" ? name : ""}`.trim().slice(0, 200);
 }
 
 // ----------------------------------------------------------------------------------------------- start, stop
@@ -389,7 +387,7 @@ function nameOf(message: mcp.JSONRPCMessage): string {
 /** One line an event, to stderr. Method, tool and path come from outside: no line breaks, no terminal codes. */
 function createLog(level: Settings["LOG_LEVEL"]) {
   const write = (line: string) => {
-    process.stderr.write(`${new Date().toISOString()} ${line.replace(/\p{Cc}/gu, "?")}\n`);
+    process.stderr.write(`${new Date().toISOString()} ${line.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, "?")}\n`);
   };
   const ignore = () => {};
   return { info: level === "silent" ? ignore : write, debug: level === "debug" ? write : ignore };

@@ -36,16 +36,15 @@ const taskSchema = z.object({
 });
 export type Task = z.infer<typeof taskSchema>;
 
-/** Of each user. */
-const MAX_TASKS = 1_000;
+const MAX_TASKS_PER_USER = 1_000;
 
 /** Text that every database takes: PostgreSQL stores no NUL. */
 const textSchema = z.string().refine((text) => !text.includes("\0"), "It must not hold the character NUL");
 
 const titleSchema = textSchema.trim().min(1).max(200).describe("What to do, in the user's words");
-const notesSchema = textSchema.max(4_000).nullish().describe("Details; null for none");
+const notesSchema = textSchema.max(4_000).nullable().describe("Details; null for none");
 const dueAtSchema = z.iso.datetime({ offset: true }).transform((time) => new Date(time).toISOString())
-  .nullish()
+  .nullable()
   .describe("When it is due, ISO 8601 with a time zone such as 2026-12-01T09:00:00+01:00; null for no date");
 const idSchema = textSchema.min(1).max(100).describe("The id of a task, from list_tasks or create_task");
 /** The last task of a page. The next page starts after it, whatever is added or deleted meanwhile. */
@@ -59,7 +58,7 @@ const cursorSchema = z.string().regex(/^[-\d:.TZ]{24}_[-\da-f]{36}$/, "It must b
 export interface TaskStore {
   /** Newest first, in the order of (created_at, id). */
   list(owner: string, page: Page): Promise<Task[]>;
-  /** The task as it is stored, or the one that the same key stored before; undefined when the owner has MAX_TASKS. */
+  /** The task as it is stored, or the one that the same key stored before; undefined when there are too many. */
   create(owner: string, task: Task, idempotencyKey?: string): Promise<Task | undefined>;
   /** The changed task; undefined when the owner has none with this id. */
   update(owner: string, id: string, changes: Partial<Task> & Pick<Task, "updated_at">): Promise<Task | undefined>;
@@ -154,7 +153,7 @@ const tools = [
       const task = await store.create(caller.subject, newTask(fields), idempotency_key);
       if (task) return { task };
       throw new ToolError(
-        `There are ${MAX_TASKS} tasks already, the most a user can have. Delete some with delete_task first`,
+        `There are ${MAX_TASKS_PER_USER} tasks already, the most a user can have. Delete some with delete_task first`,
       );
     },
   }),
@@ -167,17 +166,16 @@ const tools = [
       "Fields that are left out stay as they are.",
     inputSchema: z.object({
       id: idSchema,
-      title: titleSchema.optional(),
-      notes: notesSchema,
-      due_at: dueAtSchema,
-      status: statusSchema.optional(),
+      title: titleSchema.exactOptional(),
+      notes: notesSchema.exactOptional(),
+      due_at: dueAtSchema.exactOptional(),
+      status: statusSchema.exactOptional(),
     }),
     example: { id: "0b9d3c1e-5a43-4c0f-9d0a-2f6d1c9b7e55", status: "done" },
     outputSchema: z.object({ task: taskSchema }),
     annotations: { readOnlyHint: false, destructiveHint: true, idempotentHint: true, openWorldHint: false },
     async run({ id, ...changes }, { caller, store }) {
-      const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
-      const task = await store.update(caller.subject, id, { ...given, updated_at: now() });
+      const task = await store.update(caller.subject, id, { ...changes, updated_at: now() });
       if (task) return { task };
       throw unknownTask(id);
     },
@@ -207,7 +205,7 @@ export function newTask(fields: Omit<Task, "id" | "status" | "created_at" | "upd
 
 let latest = 0;
 
-/** Later than any time before it, so that tasks of one millisecond keep their order. */
+/** Later than any before it in this process, so that tasks of one millisecond keep their order. */
 function now(): string {
   latest = Math.max(Date.now(), latest + 1);
   return new Date(latest).toISOString();
@@ -262,7 +260,7 @@ function toJsonSchema(schema: z.ZodObject): ListedTool["inputSchema"] {
       if (jsonSchema.type === "object") jsonSchema.additionalProperties = false; // some hosts insist on it
     },
   });
-  return ToolSchema.shape.inputSchema.parse(listed);
+  return ToolSchema.shape.inputSchema.parse(listed); // for its type
 }
 
 // ------------------------------------------------------------------------------------------------ MCP server
@@ -272,9 +270,9 @@ function toJsonSchema(schema: z.ZodObject): ListedTool["inputSchema"] {
  * others for it. `offline_access` is always there: without it clients ask for no refresh token, and users have to sign
  * in again every day. ChatGPT and the SDK's clients ask for the union of what the tools list.
  */
-export function requestedScopes(enforceScopes: boolean, called: { scope?: string | undefined }[] = tools): string[] {
+export function requestedScopes(enforceScopes: boolean, listed: { scope?: string | undefined }[] = tools): string[] {
   if (!enforceScopes) return ["openid", "profile", "email", "offline_access"];
-  return [...new Set(called.flatMap(({ scope }) => scope ?? [])), "offline_access"];
+  return [...new Set(listed.flatMap(({ scope }) => scope ?? [])), "offline_access"];
 }
 
 /** What is the same for every request. */
@@ -282,7 +280,7 @@ interface ServerOptions {
   resource: ProtectedResource;
   enforceScopes: boolean;
   store: TaskStore;
-  /** Takes a line for the operator when a tool fails for a reason that is not the caller's. */
+  /** Takes a line for the operator: a refusal, or a failure that is not the caller's. */
   warn: (line: string) => void;
 }
 
@@ -312,7 +310,10 @@ export function createMcpServerFactory({ resource, enforceScopes, store, warn }:
       return toolError(`There is no tool ${name.slice(0, 100)}. There are ${names}`);
     }
     const { scope } = tool;
-    if (enforceScopes && scope && !context.caller.scopes.has(scope)) return insufficientScope(scope, resource);
+    if (enforceScopes && scope && !context.caller.scopes.has(scope)) {
+      warn(`${name} refused to ${context.caller.subject}: the token does not grant ${scope}`);
+      return insufficientScope(scope, resource);
+    }
     try {
       const structuredContent = await tool.call(input, context);
       // The same twice, for hosts that read only one of the two (MCP 2025-11-25, Tools, Structured Content).
@@ -321,8 +322,8 @@ export function createMcpServerFactory({ resource, enforceScopes, store, warn }:
       if (error instanceof ToolError) return toolError(error.message);
       warn(`${name} failed: ${describeError(error)}`);
       return toolError(
-        "The tasks cannot be reached right now. Try again in a minute; a change may have been made or not, so " +
-          "look with list_tasks first",
+        `${name} failed, and the server's log says why. Try again in a minute; a change may have been made or not, ` +
+          "so look first",
       );
     }
   }
@@ -403,7 +404,7 @@ function memoryStore(): TaskStore {
     },
     async create(owner, task, key) {
       const known = of(owner).find((entry) => key !== undefined && entry.key === key);
-      if (known !== undefined || of(owner).length >= MAX_TASKS) return known?.task;
+      if (known !== undefined || of(owner).length >= MAX_TASKS_PER_USER) return known?.task;
       entries.set(owner, [{ task, key }, ...of(owner)]);
       return task;
     },
@@ -424,7 +425,7 @@ function memoryStore(): TaskStore {
 
 /** What SQLite and PostgreSQL differ in. */
 interface Database {
-  /** One statement, with the values for its `$1`, `$2`, … Its rows are tasks, or are only counted. */
+  /** One statement, with the values for its `$1`, `$2`, … Its rows are tasks; those of other tables are only counted. */
   query(sql: string, values?: (string | number | null)[]): Promise<Task[]>;
   /** Several statements: all of them, or none. */
   transaction(script: string): Promise<void>;
@@ -446,7 +447,7 @@ async function migrate({ query, transaction }: Database): Promise<void> {
   const isApplied = async (number: number) =>
     (await query("SELECT number FROM schema_changes WHERE number = $1", [number])).length > 0;
   await transaction("CREATE TABLE IF NOT EXISTS schema_changes (number INTEGER PRIMARY KEY)");
-  await transaction("DELETE FROM schema_changes WHERE number < 0"); // none: it fails where the database can only be read
+  await transaction("DELETE FROM schema_changes WHERE number < 0"); // none: fails where it can only be read
   for (const [number, migration] of MIGRATIONS.entries()) {
     if (await isApplied(number)) continue;
     try {
@@ -475,7 +476,7 @@ function sqlStore({ query, close }: Database): TaskStore {
       const placeholders = Object.keys(row).map((_, index) => `$${index + 1}`);
       const [created] = await query(
         `INSERT INTO tasks (${Object.keys(row).join(", ")}) SELECT ${placeholders.join(", ")}
-           WHERE (SELECT count(*) FROM tasks WHERE owner = $1) < ${MAX_TASKS}
+           WHERE (SELECT count(*) FROM tasks WHERE owner = $1) < ${MAX_TASKS_PER_USER}
            ON CONFLICT (owner, idempotency_key) DO NOTHING RETURNING ${COLUMNS}`,
         Object.values(row),
       );
@@ -521,9 +522,10 @@ async function openSqlite(url: string): Promise<Database> {
   return {
     query: (sql, values = []) =>
       whenFree(() => {
-        const statement = statements.get(sql) ?? database.prepare(sql.replaceAll("$", "?"));
+        const statement = statements.get(sql) ?? database.prepare(sql);
         statements.set(sql, statement); // a list takes 30 µs with a prepared statement, and 57 µs without
-        return statement.all(...values) as unknown as Task[];
+        const named = Object.fromEntries(values.map((value, index) => [`$${index + 1}`, value]));
+        return statement.all(named) as unknown as Task[];
       }),
     transaction: (script) =>
       whenFree(() => {
@@ -531,7 +533,8 @@ async function openSqlite(url: string): Promise<Database> {
         try {
           database.exec(`${script}; COMMIT`);
         } catch (error) {
-          if (database.isTransaction) database.exec("ROLLBACK"); // SQLite has ended it itself when the disk is full
+          // On a full disk SQLite has ended it already. Node before 22.16 does not tell.
+          if (database.isTransaction !== false) database.exec("ROLLBACK");
           throw error;
         }
       }),
@@ -563,7 +566,8 @@ async function openPostgres(url: string, warn: (line: string) => void): Promise<
   }
   pool.on("error", () => {}); // an idle connection was lost: the pool opens another one when it needs it
   return {
-    // Poolers mix up named statements, and a lost connection that is not the pool's own ends the process: neither here.
+    // Only `pool.query`, without names: poolers mix up named statements, and a client that is taken from the pool ends
+    // the process when its connection breaks.
     query: async (sql, values = []) => (await pool.query(sql, values)).rows,
     // One simple query is one transaction. The lock lets servers that start at once make the tables one by one.
     async transaction(script) {

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import type { ServerResponse } from "node:http";
 import { after, afterEach, before, beforeEach, test } from "node:test";
 import type { TestContext } from "node:test";
-import { createAuthenticator } from "../auth.ts";
+import { createAuthenticator, describeError } from "../auth.ts";
 import { logOf, post, startServer } from "./support/server.ts";
 import type { RunningServer } from "./support/server.ts";
 import { startTenant } from "./support/tenant.ts";
@@ -77,6 +77,15 @@ for (const [fault, answer] of Object.entries(FAULTS)) {
     assert.equal(await statusOf(token), 200);
   });
 }
+
+test("what went wrong is told for each address that was tried", () => {
+  const refused = ["::1", "127.0.0.1"].map((address) => new Error(`connect ECONNREFUSED ${address}`));
+  const failure = new TypeError("fetch failed", { cause: new AggregateError(refused) });
+  assert.equal(
+    describeError(failure),
+    "fetch failed: connect ECONNREFUSED ::1, connect ECONNREFUSED 127.0.0.1",
+  );
+});
 
 test("Auth0 that cannot be reached is a 503", async (t) => {
   const gone = await startTenant();

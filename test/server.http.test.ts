@@ -251,6 +251,13 @@ test("a byte order mark before the JSON does no harm", async () => {
   assert.equal((await call({ body })).status, 200);
 });
 
+test("a body that is not UTF-8 gets 400, so that nothing is stored damaged", async () => {
+  const latin1 = Buffer.from(JSON.stringify({ ...PING, params: { name: "Caf\u00e9" } }), "latin1");
+  const reply = await call({ body: new Blob([latin1]).stream() });
+  assert.equal(reply.status, 400);
+  assert.equal((await reply.json()).error.code, -32700);
+});
+
 test("a body over 1 MiB gets 413, with a Content-Length or without", async () => {
   const large = JSON.stringify({ ...PING, params: { padding: "x".repeat(1024 * 1024) } });
   assert.equal((await call({ body: large })).status, 413);
@@ -319,6 +326,10 @@ test("deeply nested JSON is answered, wherever it stands", async () => {
   assert.equal((await call({ body: `{"jsonrpc":"2.0","id":${nested},"method":"ping"}` })).status, 400);
   const reply = await call({ body: `{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":${nested}}}` });
   assert.equal(reply.status, 200);
+  for (const name of [nested, '{"toString":1}']) {
+    const reply = await call({ body: `{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":${name}}}` });
+    assert.equal(reply.status, 200, name.slice(0, 20));
+  }
 });
 
 test("Accept is not looked at, since there is one representation", async () => {

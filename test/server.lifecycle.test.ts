@@ -83,6 +83,11 @@ test("the README's placeholders count as missing", () => {
   }
 });
 
+test("a custom domain may be an internationalized one", () => {
+  const domain = "login.xn--e1afmkfd.xn--p1ai";
+  assert.equal(readSettings({ ...REQUIRED, AUTH0_DOMAIN: domain }).issuer, `https://${domain}/`);
+});
+
 test("a stand-in tenant is named by its origin, on loopback only", () => {
   for (const origin of ["http://localhost:4000", "http://127.0.0.1:4000", "http://[::1]:4000"]) {
     assert.equal(readSettings({ ...REQUIRED, AUTH0_DOMAIN: origin }).issuer, `${origin}/`);
@@ -99,6 +104,7 @@ test("a malformed setting is named, with the rule that it breaks and what it mus
     ["AUTH0_DOMAIN", "Tenant.example.auth0.com", /capital/],
     ["AUTH0_DOMAIN", "my tenant", /no domain/],
     ["AUTH0_DOMAIN", "tenant", /no domain/],
+    ["AUTH0_DOMAIN", "127.0.0.1", /no domain/],
     ["AUTH0_DOMAIN", "tenant.example.auth0.com:443", /no domain/],
     ["AUTH0_DOMAIN", "tenant.example.auth0.com?x", /no domain/],
     ["AUTH0_DOMAIN", "http://localhost:4000?x", /./],
@@ -264,37 +270,40 @@ test("a port in use is one clear line", async (t) => {
   assert.deepEqual(lines, [`listen EADDRINUSE: address already in use 127.0.0.1:${port}`]);
 });
 
-/** What a server writes to its log at this level during one good and one refused call. */
-async function logOfTwoCalls(t: TestContext, level: string): Promise<{ log: string; token: string }> {
+/** What a server writes to its log at this level during a good call, one with a bad token, and one that is no POST. */
+async function logOfCalls(t: TestContext, level: string): Promise<{ log: string; token: string }> {
   const lines = logOf(t);
   const { url, close } = await startServer({ AUTH0_DOMAIN: tenant.origin, LOG_LEVEL: level });
   t.after(close);
   const token = await tenant.sign({ aud: url, azp: "chatgpt" });
   for (const sent of [token, `${token}x`]) {
-    const reply = await post(`${url}?secret=in-query`, sent, "tools/call", { name: "no_such_tool\n\u001b[31m" });
+    const name = "no_such\u2028tool\n\u001b[31m";
+    const reply = await post(`${url}?secret=in-query`, sent, "tools/call", { name });
     await reply.text();
   }
+  await (await fetch(url, { method: "DELETE", headers: { authorization: `Bearer ${token}` } })).text();
   return { log: lines.join(""), token };
 }
 
 test("the log at info has refusals with their reason", async (t) => {
-  const { log } = await logOfTwoCalls(t, "info");
-  assert.match(log, /^\S+Z POST \/mcp 401 \d+ ms Token's signature.*\n$/);
+  const { log } = await logOfCalls(t, "info");
+  assert.match(log, /^\S+Z POST \/mcp 401 \d+ ms Token's signature.*\n\S+Z DELETE \/mcp 405 .*\n$/);
 });
 
 test("the log at debug has every request with the claims that decide, and no token, query or control character", async (t) => {
-  const { log, token } = await logOfTwoCalls(t, "debug");
-  const [first = "", second = ""] = log.split("\n");
+  const { log, token } = await logOfCalls(t, "debug");
+  const [first = "", second = "", third = ""] = log.split("\n");
   assert.match(
     first,
-    / POST \/mcp tools\/call no_such_tool\?\?\[31m 200 \d+ ms auth0\|alice \{"iss":"http.*"azp":"chatgpt"/,
+    / POST \/mcp tools\/call no_such\?tool\?\?\[31m 200 \d+ ms auth0\|alice \{"iss":"http.*"azp":"chatgpt"/,
   );
   assert.match(second, / POST \/mcp 401 /);
+  assert.match(third, / DELETE \/mcp 405 \d+ ms auth0\|alice Only POST/);
   for (const part of [...token.split("."), "in-query", "\u001b"]) assert.ok(!log.includes(part), part);
 });
 
 test("the log at silent is silent", async (t) => {
-  assert.equal((await logOfTwoCalls(t, "silent")).log, "");
+  assert.equal((await logOfCalls(t, "silent")).log, "");
 });
 
 const keySet = async () => (await fetch(`${tenant.issuer}.well-known/jwks.json`)).text();

@@ -154,7 +154,7 @@ const health = async (port: number) => (await fetch(`http://127.0.0.1:${port}/he
 /** A tool error that says what to do, and nothing of how the server is made. */
 function assertReadable({ text, data }: Answer) {
   assert.equal(data, undefined);
-  assert.match(text, /^The tasks cannot be reached right now\. Try again/);
+  assert.match(text, /^\w+ failed, and the server's log says why\. Try again/);
   assert.doesNotMatch(text, /SQL|database|Error|\n|\.ts/i);
 }
 

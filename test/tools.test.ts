@@ -388,7 +388,10 @@ test("with ENFORCE_SCOPES a tool asks for its own permission", async () => {
   assert.deepEqual(listed.map(({ _meta }) => _meta.securitySchemes), listed.map((tool) => tool.securitySchemes));
 });
 
-test("with ENFORCE_SCOPES a missing permission is a tool error with a challenge that asks for all", async () => {
+test("with ENFORCE_SCOPES a missing permission is a tool error with a challenge that asks for all", async (t) => {
+  const env = { AUTH0_DOMAIN: tenant.origin, ENFORCE_SCOPES: "true", LOG_LEVEL: "info" };
+  const [log, enforcing] = [logOf(t), await startServer(env)];
+  t.after(enforcing.close);
   const { get, call, list } = await newUser({ scope: "tasks:read offline_access" }, enforcing);
   await get("get_profile");
   for (const name of ["create_task", "update_task", "delete_task"]) {
@@ -403,6 +406,7 @@ test("with ENFORCE_SCOPES a missing permission is a tool error with a challenge 
         `resource_metadata="${metadata}", scope="tasks:read tasks:write offline_access"$`,
     );
     assert.match(challenge ?? "", form);
+    assert.match(log.pop() ?? "", new RegExp(`${name} refused to auth0\\|.*tasks:write\n$`));
   }
   assert.deepEqual(await list(), { tasks: [] });
 });
