@@ -1,13 +1,11 @@
 /** `npm run dev`: what it prints is all that a client needs. */
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { createServer } from "node:net";
-import { text } from "node:stream/consumers";
 import { test } from "node:test";
 import { dev } from "./run/dev.ts";
 import { connect, Provider } from "./support/sdk-client.ts";
-import { freePort, post, RUNTIME_FLAGS } from "./support/server.ts";
+import { freePort, post, runCommandLine } from "./support/server.ts";
 
 const environment = async () => ({
   PORT: String(await freePort()),
@@ -50,12 +48,12 @@ for (const kind of ["permissive", "strict"]) {
 
 test("the command line stays up, and a signal ends it with status 0", async () => {
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
-    const { child, output } = run([], await environment());
+    const { child, outcome } = runCommandLine("dev", [], { env: await environment() });
     const [line] = await once(child.stdout, "data");
     assert.match(String(line), /^The server is http:\/\/localhost:\d+\/mcp: /);
     assert.ok(child.pid);
     process.kill(child.pid, signal); // not child.kill: Deno would then report the signal in place of the status
-    assert.equal((await output).code, 0);
+    assert.equal((await outcome).status, 0);
   }
 });
 
@@ -65,12 +63,10 @@ test("the command line says in one line what stops it, and ends with status 1", 
   await once(taken, "listening");
   const { port } = taken.address() as { port: number };
   const free = String(await freePort());
+  const line = `Port ${port} is in use: set PORT (the server's) or TENANT_PORT (the tenant's) to another\n`;
   for (const env of [{ PORT: String(port), TENANT_PORT: free }, { PORT: free, TENANT_PORT: String(port) }]) {
-    const { code, stderr } = await run([], env).output;
-    assert.deepEqual([code, stderr], [
-      1,
-      `Port ${port} is in use: set PORT (the server's) or TENANT_PORT (the tenant's) to another\n`,
-    ]);
+    const { status, stderr } = await runCommandLine("dev", [], { env }).outcome;
+    assert.deepEqual([status, stderr], [1, line]);
   }
 });
 
@@ -86,15 +82,3 @@ test("an unknown argument or tenant is refused, and --help says every option", a
     assert.match(lines.join("\n"), new RegExp(`^  ${name} `, "m"));
   }
 });
-
-/** As a user does, on the runtime and with the loader that run this file. */
-function run(args: string[], env: Record<string, string>) {
-  const child = spawn(process.execPath, [
-    ...RUNTIME_FLAGS,
-    `${import.meta.dirname}/run/dev.ts`,
-    ...args,
-  ], { env: { PATH: process.env.PATH, ...env } });
-  const output = Promise.all([once(child, "close"), text(child.stderr)])
-    .then(([[code], stderr]) => ({ code, stderr }));
-  return { child, output };
-}

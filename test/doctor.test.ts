@@ -1,14 +1,12 @@
 /** `npm run doctor` against servers, good and bad, and its command line. */
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
-import { once } from "node:events";
 import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { test } from "node:test";
 import { assertMissing, runDoctor, sendPage, start, startBehindTunnel, statusOf } from "./support/doctor.ts";
-import { freePort, RUNTIME_FLAGS } from "./support/server.ts";
+import { freePort, runCommandLine } from "./support/server.ts";
 
 test("a server that is down is what is missing, and nothing of it is claimed", async (t) => {
   const { env } = await start(t);
@@ -148,7 +146,8 @@ test("the command line reads the server's .env, explains itself, and knows its o
   const directory = await mkdtemp(join(tmpdir(), "doctor-"));
   t.after(() => rm(directory, { recursive: true }));
   await writeFile(join(directory, ".env"), "\uFEFFPORT=4001\r\nLOG_LEVEL=loud\r\n");
-  const run = (...args: string[]) => runCommand(directory, ...args);
+  const surroundings = { cwd: directory, env: { PATH: "", PORT: "4002" } }; // where no browser lies
+  const run = (...args: string[]) => runCommandLine("doctor", args, surroundings).outcome;
   const [bare, help, unknown] = await Promise.all([run(), run("--help"), run("--brake")]);
   assert.equal(bare.status, 1);
   assert.match(bare.stdout, /^PORT: .*4002.*\n$/); // which differs from the environment's
@@ -163,15 +162,3 @@ test("the command line reads the server's .env, explains itself, and knows its o
   assert.equal(unknown.status, 1);
   assert.match(unknown.stderr, /^Unknown option '--brake'.*\n$/);
 });
-
-/** Runs the doctor as a user does: a process of its own, where no browser lies. */
-async function runCommand(cwd: string, ...args: string[]) {
-  const command = [...RUNTIME_FLAGS, `${import.meta.dirname}/run/doctor.ts`, ...args];
-  const child = spawn(process.execPath, command, { cwd, env: { PATH: "", PORT: "4002" } });
-  const [stdout, stderr, [status]] = await Promise.all([
-    text(child.stdout),
-    text(child.stderr),
-    once(child, "close"),
-  ]);
-  return { status, stdout, stderr };
-}

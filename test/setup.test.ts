@@ -1,9 +1,8 @@
 /** `npm run setup`: what it says is left to do on a tenant, and that ChatGPT can be linked when it has done it. */
 import assert from "node:assert/strict";
-import { execFile } from "node:child_process";
 import { after, before, describe, test } from "node:test";
 import { type ClientDocuments, Connector, publishClientMetadata } from "./support/chatgpt.ts";
-import { type RunningServer, RUNTIME_FLAGS, startServer } from "./support/server.ts";
+import { runCommandLine, type RunningServer, startServer } from "./support/server.ts";
 import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL, TOKEN } from "./support/setup.ts";
 import {
   ALICE,
@@ -258,18 +257,7 @@ test("where the API asks for a grant, an application made by hand needs it", asy
 });
 
 describe("The command line", () => {
-  const command = (args: string[], env: Record<string, string> = {}) =>
-    new Promise<{ status: unknown; stdout: string; stderr: string }>((resolve) => {
-      const path = `${import.meta.dirname}/run/setup.ts`;
-      const options = { cwd: import.meta.dirname, env: { PATH: "", ...env } };
-      const child = execFile(
-        process.execPath,
-        [...RUNTIME_FLAGS, path, ...args],
-        options,
-        (error, stdout, stderr) => resolve({ status: error?.code ?? 0, stdout, stderr }),
-      );
-      child.stdin?.end();
-    });
+  const command = (args: string[], env = {}) => runCommandLine("setup", args, { env }).outcome;
 
   test("--help names every option, where the token comes from, and the scopes that it needs", async () => {
     const { status, stdout } = await command(["--help"]);
