@@ -1,8 +1,8 @@
 /** `npm run setup`: what it says is left to do on a tenant, and that ChatGPT can be linked when it has done it. */
 import assert from "node:assert/strict";
-import { after, before, describe, test } from "node:test";
-import { type ClientDocuments, Connector, publishClientMetadata } from "./support/chatgpt.ts";
-import { runCommandLine, type RunningServer, startServer } from "./support/server.ts";
+import { after, describe, test } from "node:test";
+import { Connector, publishClientMetadata } from "./support/chatgpt.ts";
+import { runCommandLine, startServer } from "./support/server.ts";
 import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL, TOKEN } from "./support/setup.ts";
 import {
   ALICE,
@@ -19,14 +19,9 @@ import {
   type Tenant,
 } from "./support/tenant.ts";
 
-let tenant: Tenant;
-let server: RunningServer;
-let clientDocuments: ClientDocuments;
-before(async () => {
-  tenant = await startTenant();
-  server = await startServer({ AUTH0_DOMAIN: tenant.origin });
-  clientDocuments = await publishClientMetadata();
-});
+const tenant = await startTenant();
+const server = await startServer({ AUTH0_DOMAIN: tenant.origin });
+const clientDocuments = await publishClientMetadata();
 after(async () => {
   await server.close();
   await clientDocuments.close();
