@@ -1,10 +1,9 @@
 /** `npm run demo`, with every setting left out once. */
 import assert from "node:assert/strict";
-import { execFile } from "node:child_process";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import { demo } from "./run/demo.ts";
-import { RUNTIME_FLAGS } from "./support/server.ts";
+import { runCommandLine } from "./support/server.ts";
 
 /** What the screen must show of each setting: the words of the README's troubleshooting, and the step. */
 const SYMPTOMS: Record<string, { symptom: RegExp; step: string }> = {
@@ -64,29 +63,12 @@ function assertReadmeAgrees(setting: string, output: string): void {
   assert.ok(section.includes(`(#${anchor})`), `${heading} does not link to ${mendedBy}`);
 }
 
-interface Outcome {
-  status: number;
-  stdout: string;
-  stderr: string;
-}
-
 /** In this process. */
-async function run(...args: string[]): Promise<Outcome> {
+async function run(...args: string[]) {
   const printed: string[] = [];
   const complaints: string[] = [];
   const status = await demo(args, (line) => printed.push(line), (line) => complaints.push(line));
   return { status, stdout: printed.join("\n"), stderr: complaints.join("\n") };
-}
-
-/** As a user does, on the runtime and with the loader that run this file. */
-function runCommandLine(...args: string[]): Promise<Outcome> {
-  return new Promise((resolve) => {
-    execFile(
-      process.execPath,
-      [...RUNTIME_FLAGS, `${import.meta.dirname}/run/demo.ts`, ...args],
-      (error, stdout, stderr) => resolve({ status: Number(error?.code ?? 0), stdout, stderr }),
-    );
-  });
 }
 
 for (const kind of ["permissive", "strict"]) {
@@ -156,14 +138,14 @@ test("--help says what the demo does and every option", async () => {
 });
 
 test("the command line exits 0 after the demo, uncoloured away from a terminal", async () => {
-  const { status, stdout, stderr } = await runCommandLine();
+  const { status, stdout, stderr } = await runCommandLine("demo").outcome;
   assert.deepEqual([status, stderr], [0, ""]);
   assert.match(stdout, /^Summary\n/m);
   assert.ok(!stdout.includes("\x1b"));
 });
 
 test("the command line exits 1 for what it does not know", async () => {
-  const { status, stderr } = await runCommandLine("--break", "nonsense");
+  const { status, stderr } = await runCommandLine("demo", ["--break", "nonsense"]).outcome;
   assert.equal(status, 1);
   assert.match(stderr, /Unknown setting: nonsense/);
 });

@@ -1,17 +1,24 @@
 /** `npm run doctor` against tenants: each kind, each setting of the guide left out, and Auth0's ways of refusing. */
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
-import { after, before, beforeEach, describe, test } from "node:test";
+import { after, beforeEach, describe, test } from "node:test";
 import { assertMissing, environment, runDoctor, start, startWithTenantThat, statusOf } from "./support/doctor.ts";
 import type { Environment } from "./support/doctor.ts";
 import { MANAGEMENT_SCOPES } from "./support/management.ts";
 import { freePort, startServer } from "./support/server.ts";
-import type { RunningServer } from "./support/server.ts";
 import { TOKEN } from "./support/setup.ts";
 import { ALICE, configuredTenant, signIn, startTenant } from "./support/tenant.ts";
 import type { Tenant, TenantKind } from "./support/tenant.ts";
 
 const KINDS: TenantKind[] = ["permissive", "strict"];
+
+const tenant = await startTenant();
+const server = await startServer({ AUTH0_DOMAIN: tenant.origin });
+const env = environment(tenant.origin, server.url);
+after(async () => {
+  await server.close();
+  await tenant.close();
+});
 
 /** What each setting of the guide shows when it is left out; where it stops nothing, two at once. */
 const LEFT_OUT: {
@@ -119,21 +126,8 @@ const LEFT_OUT: {
 
 for (const kind of KINDS) {
   describe(`on a ${kind} tenant`, () => {
-    let tenant: Tenant;
-    let server: RunningServer;
-    let env: Environment;
-
-    before(async () => {
-      tenant = await startTenant();
-      server = await startServer({ AUTH0_DOMAIN: tenant.origin });
-      env = environment(tenant.origin, server.url);
-    });
     beforeEach(() => {
       Object.assign(tenant.settings, configuredTenant(kind, server.url));
-    });
-    after(async () => {
-      await server.close();
-      await tenant.close();
     });
 
     test("every check is ok, as far as the tools for a user who signs in, and no secret is printed", async () => {

@@ -365,7 +365,8 @@ test("while it stops the health check says 503", async (t) => {
 test("a promise that nobody awaited is a line in the log, an exception that nobody caught is the end", async (t) => {
   const script = join(import.meta.dirname, "support/faulty-server.ts");
   const port = await freePort();
-  const env = { ...REQUIRED, PORT: String(port), DATABASE_URL: "memory:" };
+  const url = `http://localhost:${port}/mcp`;
+  const env = { AUTH0_DOMAIN: tenant.origin, MCP_SERVER_URL: url, PORT: String(port), DATABASE_URL: "memory:" };
   const { kill, lines, ready, exited } = spawnServer(env, undefined, script);
   t.after(() => kill("SIGKILL"));
   await ready;
@@ -373,7 +374,8 @@ test("a promise that nobody awaited is a line in the log, an exception that nobo
 
   kill("SIGHUP");
   await until(() => lines.some((line) => line.endsWith("Nobody awaited this")), "the line");
-  assert.equal((await fetch(`http://localhost:${port}/health`)).status, 200);
+  assert.equal((await post(url, await tenant.sign({ aud: url }), "ping")).status, 200);
+  assert.ok(!lines.some((line) => /^ +at /.test(line)), "no stack");
 
   kill("SIGUSR2");
   assert.equal(await exited, 1);

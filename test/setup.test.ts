@@ -1,14 +1,13 @@
 /** `npm run setup`: what it says is left to do on a tenant, and that ChatGPT can be linked when it has done it. */
 import assert from "node:assert/strict";
-import { execFile } from "node:child_process";
 import { cp, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { after, before, describe, test } from "node:test";
+import { after, describe, test } from "node:test";
 import { pathToFileURL } from "node:url";
-import { type ClientDocuments, Connector, publishClientMetadata } from "./support/chatgpt.ts";
+import { Connector, publishClientMetadata } from "./support/chatgpt.ts";
 import { ManagementClient } from "./support/management-client.ts";
-import { type RunningServer, RUNTIME_FLAGS, startServer } from "./support/server.ts";
+import { runCommandLine, startServer } from "./support/server.ts";
 import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL, TOKEN } from "./support/setup.ts";
 import {
   ALICE,
@@ -25,14 +24,9 @@ import {
   type Tenant,
 } from "./support/tenant.ts";
 
-let tenant: Tenant;
-let server: RunningServer;
-let clientDocuments: ClientDocuments;
-before(async () => {
-  tenant = await startTenant();
-  server = await startServer({ AUTH0_DOMAIN: tenant.origin });
-  clientDocuments = await publishClientMetadata();
-});
+const tenant = await startTenant();
+const server = await startServer({ AUTH0_DOMAIN: tenant.origin });
+const clientDocuments = await publishClientMetadata();
 after(async () => {
   await server.close();
   await clientDocuments.close();
@@ -291,18 +285,7 @@ test("the API gets the name and the permissions that tools.ts gives it", async (
 });
 
 describe("The command line", () => {
-  const command = (args: string[], env: Record<string, string> = {}) =>
-    new Promise<{ status: unknown; stdout: string; stderr: string }>((resolve) => {
-      const path = `${import.meta.dirname}/run/setup.ts`;
-      const options = { cwd: import.meta.dirname, env: { PATH: "", ...env } };
-      const child = execFile(
-        process.execPath,
-        [...RUNTIME_FLAGS, path, ...args],
-        options,
-        (error, stdout, stderr) => resolve({ status: error?.code ?? 0, stdout, stderr }),
-      );
-      child.stdin?.end();
-    });
+  const command = (args: string[], env = {}) => runCommandLine("setup", args, { env }).outcome;
 
   test("--help names every option, where the token comes from, and the scopes that it needs", async () => {
     const { status, stdout } = await command(["--help"]);

@@ -3,11 +3,11 @@ import assert from "node:assert/strict";
 import { once } from "node:events";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
-import { after, before, describe, test, type TestContext } from "node:test";
+import { after, describe, test, type TestContext } from "node:test";
 import { Connector, publishClientMetadata } from "./support/chatgpt.ts";
-import type { ClientDocuments, ConnectorOptions } from "./support/chatgpt.ts";
+import type { ConnectorOptions } from "./support/chatgpt.ts";
 import { connect, Provider } from "./support/sdk-client.ts";
-import { type RunningServer, startServer } from "./support/server.ts";
+import { startServer } from "./support/server.ts";
 import {
   ALICE,
   BOB,
@@ -21,7 +21,7 @@ import {
   signIn,
   startTenant,
 } from "./support/tenant.ts";
-import type { ClientKind, SettingName, Tenant, TenantKind, User } from "./support/tenant.ts";
+import type { ClientKind, SettingName, TenantKind, User } from "./support/tenant.ts";
 
 const KINDS: TenantKind[] = ["permissive", "strict"];
 
@@ -75,21 +75,16 @@ const SYMPTOMS: Record<SettingName, (client: ClientKind) => RegExp> = {
   "rotation": () => /Unknown or invalid refresh token/,
 };
 
-describe("Which way is yours", () => {
-  let tenant: Tenant;
-  let server: RunningServer;
-  let clientDocuments: ClientDocuments;
-  before(async () => {
-    tenant = await startTenant();
-    server = await startServer({ AUTH0_DOMAIN: tenant.origin });
-    clientDocuments = await publishClientMetadata();
-  });
-  after(async () => {
-    await server.close();
-    await clientDocuments.close();
-    await tenant.close();
-  });
+const tenant = await startTenant();
+const server = await startServer({ AUTH0_DOMAIN: tenant.origin });
+const clientDocuments = await publishClientMetadata();
+after(async () => {
+  await server.close();
+  await clientDocuments.close();
+  await tenant.close();
+});
 
+describe("Which way is yours", () => {
   function configure({ tenant: kind, way }: ClientKind, leftOut?: SettingName): void {
     Object.assign(tenant.settings, configuredTenant(kind, server.url, way, leftOut));
   }

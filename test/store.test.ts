@@ -10,7 +10,7 @@ import { newTask, openTaskStore } from "../tools.ts";
 import type { Task, TaskStore } from "../tools.ts";
 import { noPostgres, queryOnce, startPostgres } from "./support/postgres.ts";
 import type { Postgres } from "./support/postgres.ts";
-import { freePort, noSqlite, spawnServer } from "./support/server.ts";
+import { noSqlite } from "./support/server.ts";
 
 let directory: string;
 let postgres: Postgres;
@@ -308,25 +308,18 @@ const databases = [
   },
 ];
 
-/** The template as somebody makes it their own: with one more change of the tables. Its folder. */
-async function withChange(statements: string): Promise<string> {
+/** What opens a store in the template as somebody makes it their own: with one more change of the tables. */
+async function changedWith(statements: string): Promise<(url: string) => Promise<TaskStore>> {
   const root = join(import.meta.dirname, "..");
   const project = await mkdtemp(join(directory, "project-"));
   await symlink(join(root, "node_modules"), join(project, "node_modules"));
-  for (const name of ["package.json", "auth.ts", "server.ts"]) {
-    await cp(join(root, name), join(project, name));
-  }
+  for (const name of ["package.json", "auth.ts"]) await cp(join(root, name), join(project, name));
   const tools = await readFile(join(root, "tools.ts"), "utf8");
   const end = tools.indexOf("\n];", tools.indexOf("\nconst MIGRATIONS = ["));
   assert.ok(end > 0);
   await writeFile(join(project, "tools.ts"), `${tools.slice(0, end)}\n  "${statements}",${tools.slice(end)}`);
-  return project;
-}
-
-async function openWith(url: string, statements: string): Promise<TaskStore> {
-  const tools = join(await withChange(statements), "tools.ts");
-  const { openTaskStore }: typeof import("../tools.ts") = await import(pathToFileURL(tools).href);
-  return openTaskStore(url, () => {});
+  const changed: typeof import("../tools.ts") = await import(pathToFileURL(join(project, "tools.ts")).href);
+  return (url) => changed.openTaskStore(url, () => {});
 }
 
 describe("the tables", { concurrency: true }, () => {
@@ -341,22 +334,12 @@ describe("the tables", { concurrency: true }, () => {
         await store.close();
         const before = (await numbers(url)).length;
 
-        const project = await withChange("ALTER TABLE tasks ADD COLUMN colour TEXT");
-        const servers = await Promise.all(Array.from({ length: 2 }, async () =>
-          spawnServer(
-            {
-              AUTH0_DOMAIN: "tenant.example.auth0.com",
-              MCP_SERVER_URL: "https://mcp.example.com/mcp",
-              PORT: String(await freePort()),
-              DATABASE_URL: url,
-            },
-            project,
-            join(project, "server.ts"),
-          )));
-        for (const { ready, kill, exited, lines } of servers) {
-          await ready;
-          kill("SIGTERM");
-          assert.equal(await exited, 0, lines.join("\n"));
+        const colour = "ALTER TABLE tasks ADD COLUMN colour TEXT";
+        const openChanged = await changedWith(colour);
+        const servers = await Promise.all([openChanged(url), openChanged(url)]);
+        for (const server of servers) {
+          assert.deepEqual(await list(server, "owner"), [created]);
+          await server.close();
         }
         assert.equal((await numbers(url)).length, before + 1);
         assert.deepEqual((await run(url, "SELECT id, colour FROM tasks")).map(Object.values), [[
@@ -374,17 +357,16 @@ describe("the tables", { concurrency: true }, () => {
         await (await open(url)).close();
         const [before, tasks] = [await numbers(url), await run(url, "SELECT * FROM tasks")];
         const colour = "ALTER TABLE tasks ADD COLUMN colour TEXT";
-        await assert.rejects(
-          openWith(url, `${colour}; ALTER TABLE nowhere ADD COLUMN x TEXT`),
-          /DATABASE_URL: .*nowhere/,
-        );
+        const openFailing = await changedWith(`${colour}; ALTER TABLE nowhere ADD COLUMN x TEXT`);
+        await assert.rejects(openFailing(url), /DATABASE_URL: .*nowhere/);
         assert.deepEqual([await numbers(url), await run(url, "SELECT * FROM tasks")], [before, tasks]);
-        await (await openWith(url, colour)).close();
+        await (await (await changedWith(colour))(url)).close();
         assert.equal((await numbers(url)).length, before.length + 1);
       });
 
       test("may take longer to change than a call may take", { skip: slow === undefined }, async () => {
-        await (await openWith(await newUrl(), slow ?? "")).close();
+        const openSlowly = await changedWith(slow ?? "");
+        await (await openSlowly(await newUrl())).close();
       });
 
       test("of the template's first state stop the start, with a line that says so", async () => {

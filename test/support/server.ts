@@ -6,17 +6,19 @@ import { isBuiltin } from "node:module";
 import { connect, createServer as createNetServer } from "node:net";
 import type { AddressInfo, Socket } from "node:net";
 import { createInterface } from "node:readline";
+import type { Readable } from "node:stream";
+import { text } from "node:stream/consumers";
 import type { TestContext } from "node:test";
 import { createServer, readSettings } from "../../server.ts";
 import { openTaskStore } from "../../tools.ts";
 import type { TaskStore } from "../../tools.ts";
 
 /** What makes this runtime read TypeScript, for processes started by a test: nothing where Node does so by itself. */
-export const RUNTIME_FLAGS = "Deno" in globalThis
+const RUNTIME_FLAGS = "Deno" in globalThis
   ? ["run", "-A"]
   : process.features.typescript
   ? []
-  : process.execArgv.filter((flag) => !flag.startsWith("--test"));
+  : ["--import", import.meta.resolve("tsx")];
 
 /** Why a test of SQLite is skipped, or false where it runs. */
 export const noSqlite = !isBuiltin("node:sqlite") && "this runtime has no node:sqlite";
@@ -80,9 +82,34 @@ export function logOf(t: TestContext): string[] {
   return lines;
 }
 
+/** Nothing of the test's own but where programs lie, and where V8 keeps what it has compiled. */
+function childEnvironment(env: Record<string, string>) {
+  const { PATH, NODE_COMPILE_CACHE } = process.env;
+  return { PATH, ...(NODE_COMPILE_CACHE !== undefined && { NODE_COMPILE_CACHE }), ...env };
+}
+
+/** Runs a file of run/ as a user does: a process of its own, on the runtime that runs this file, without a terminal. */
+export function runCommandLine(
+  name: string,
+  args: string[] = [],
+  { cwd = import.meta.dirname, env = {} }: { cwd?: string; env?: Record<string, string> } = {},
+) {
+  const command = [...RUNTIME_FLAGS, `${import.meta.dirname}/../run/${name}.ts`, ...args];
+  const child = spawn(process.execPath, command, {
+    cwd,
+    env: childEnvironment(env),
+    stdio: ["ignore", "pipe", "pipe"],
+  });
+  const outcome = Promise.all([once(child, "close"), text(child.stdout), text(child.stderr)])
+    .then(([[status], stdout, stderr]) => ({ status, stdout, stderr }));
+  return { child, outcome };
+}
+
 export interface ServerProcess {
   pid: number;
   kill(signal: NodeJS.Signals): void;
+  /** Where its log arrives, for a test that stops reading it. */
+  stderr: Readable;
   /** What it has written to stderr so far. */
   lines: string[];
   /** Resolves when it says that it listens, or has ended. */
@@ -105,7 +132,7 @@ export function spawnServer(
 ): ServerProcess {
   const child = spawn(process.execPath, [...RUNTIME_FLAGS, script], {
     cwd,
-    env: { PATH: process.env.PATH, ...env },
+    env: childEnvironment(env),
     stdio: ["ignore", "inherit", "pipe"],
   });
   const lines: string[] = [];
@@ -122,7 +149,7 @@ export function spawnServer(
   const kill = (signal: NodeJS.Signals) => {
     if (child.exitCode === null && child.signalCode === null) process.kill(pid, signal);
   };
-  return { pid, kill, lines, ready: Promise.race([listening, exited]), exited };
+  return { pid, kill, stderr: child.stderr, lines, ready: Promise.race([listening, exited]), exited };
 }
 
 /** A connection of one's own, for what no client library sends. Being cut off is no error of it. */
