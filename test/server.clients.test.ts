@@ -96,14 +96,16 @@ test("every wait for a client is bounded", () => {
 });
 
 test("clients that never end their headers or their body are cut off", async () => {
+  const { headersTimeout, requestTimeout } = server.http;
   Object.assign(server.http, { headersTimeout: 100, requestTimeout: 200 }); // shorter, or the test would take long
   const slowHeaders = await open(port);
   slowHeaders.write("POST /mcp HTTP/1.1\r\nhost: localhost\r\nx-slow: ");
   const slowBody = await open(port);
   slowBody.write(wire("{", ["content-length: 1000"]));
   const answers = [readAll(slowHeaders), readAll(slowBody)];
-  await assertServing();
   for (const answer of await Promise.all(answers)) assert.match(answer, /^HTTP\/1.1 408 /);
+  Object.assign(server.http, { headersTimeout, requestTimeout }); // on a busy machine others would be too slow as well
+  await assertServing();
 });
 
 test("a client that closes its half of the connection leaves nothing open", async () => {
