@@ -125,9 +125,14 @@ const tools = [
     async run({ status, limit, cursor }, { caller, store }) {
       // One more than asked for tells whether there is a next page.
       const found = await store.list(caller.subject, { status, after: cursor, limit: limit + 1 });
-      const tasks = found.slice(0, limit);
+      const tasks: Task[] = [];
+      let length = 0; // in characters: hosts cut long results, so a page of long tasks ends sooner
+      for (const task of found.slice(0, limit)) {
+        length += JSON.stringify(task).length;
+        if (length < 99_000) tasks.push(task);
+      }
       const last = tasks.at(-1);
-      return last && found.length > limit ? { tasks, next_cursor: `${last.created_at}_${last.id}` } : { tasks };
+      return last && found.length > tasks.length ? { tasks, next_cursor: `${last.created_at}_${last.id}` } : { tasks };
     },
   }),
 

@@ -230,6 +230,19 @@ test("a page holds 20 tasks unless asked otherwise, and with the longest notes u
   assert.ok(text?.type === "text" && text.text.length < 100_000, "too long");
 });
 
+test("a page ends sooner where JSON makes its text longer, and loses nothing", async () => {
+  const { create, call, list } = await newUser();
+  for (let n = 1; n <= 21; n++) await create({ title: `${n}`, notes: "\n".repeat(2_000) + "\u0001".repeat(2_000) });
+  const { content: [text] } = await call("list_tasks", { limit: 100 });
+  assert.ok(text?.type === "text" && text.text.length < 100_000, "too long");
+  const titles: string[] = [];
+  for (let page = await list();; page = await list({ cursor: page.next_cursor })) {
+    titles.push(...page.tasks.map(({ title }) => title));
+    if (page.next_cursor === undefined) break;
+  }
+  assert.deepEqual(titles, Array.from({ length: 21 }, (_, index) => `${21 - index}`));
+});
+
 test("an update changes what it names and clears notes and due_at that it sets to null", async () => {
   const { create, update, list } = await newUser();
   const task = await create({ title: "Old", notes: "Keep", due_at: "2027-01-01T00:00:00Z" });
