@@ -248,8 +248,10 @@ function openBrowser(url: string): void {
   browser.on("error", () => {});
 }
 
-async function main(): Promise<number> {
+/** As the command line runs it. */
+export async function main(args: string[], print: (text: string) => void): Promise<number> {
   const { values: { help, ...options } } = parseArgs({
+    args,
     options: {
       register: { type: "boolean" },
       login: { type: "boolean" },
@@ -258,12 +260,12 @@ async function main(): Promise<number> {
     },
   });
   if (help) {
-    console.log(HELP);
+    print(HELP);
     return 0;
   }
   const { env, differences } = readEnvironment();
-  for (const line of differences) console.log(line);
-  return await doctor(env, options, console.log, openBrowser);
+  for (const line of differences) print(line);
+  return await doctor(env, options, print, openBrowser);
 }
 
-if (isMain(import.meta.url)) await runCommand(main);
+if (isMain(import.meta.url)) await runCommand(() => main(process.argv.slice(2), console.log));

@@ -137,8 +137,10 @@ function describe({ step, what, ...state }: Line, mark: string = state.status): 
   return `${mark.padEnd(9)}Step ${step}  ${text.replaceAll("\n", `\n${" ".repeat(17)}`)}`;
 }
 
-async function main(): Promise<number> {
+/** As the command line runs it. */
+export async function main(args: string[], print: (text: string) => void): Promise<number> {
   const { values: { help, ...options } } = parseArgs({
+    args,
     options: {
       way: { type: "string" },
       connection: { type: "string" },
@@ -149,12 +151,12 @@ async function main(): Promise<number> {
     },
   });
   if (help) {
-    console.log(HELP);
+    print(HELP);
     return 0;
   }
   const { env, differences } = readEnvironment();
   for (const line of differences) console.error(line);
-  return await setup(env, options, console.log, process.stdin.isTTY ? askOnTerminal : undefined);
+  return await setup(env, options, print, process.stdin.isTTY ? askOnTerminal : undefined);
 }
 
 async function askOnTerminal(question: string): Promise<boolean> {
@@ -163,4 +165,4 @@ async function askOnTerminal(question: string): Promise<boolean> {
   return /^y(es)?$/i.test(answer.trim());
 }
 
-if (isMain(import.meta.url)) await runCommand(main);
+if (isMain(import.meta.url)) await runCommand(() => main(process.argv.slice(2), console.log));
