@@ -451,8 +451,9 @@ const MIGRATIONS = [
 async function migrate({ query, transaction }: Database): Promise<void> {
   const isApplied = async (number: number) =>
     (await query("SELECT number FROM schema_changes WHERE number = $1", [number])).length > 0;
-  await transaction("CREATE TABLE IF NOT EXISTS schema_changes (number INTEGER PRIMARY KEY)");
-  await transaction("DELETE FROM schema_changes WHERE number < 0"); // none: fails where it can only be read
+  // The DELETE finds nothing, and fails where the database can only be read.
+  await transaction(`CREATE TABLE IF NOT EXISTS schema_changes (number INTEGER PRIMARY KEY);
+    DELETE FROM schema_changes WHERE number < 0`);
   for (const [number, migration] of MIGRATIONS.entries()) {
     if (await isApplied(number)) continue;
     try {
