@@ -133,8 +133,10 @@ interface Reply {
   body?: unknown;
   /** For the log: what was called. */
   call?: string;
-  /** For the log: who called, and why it was refused. */
-  note?: string;
+  /** For the log: who called. */
+  caller?: Caller;
+  /** For the log: why it was refused. */
+  refusal?: string;
 }
 
 /** @param signal Aborted when the client has gone. */
@@ -149,8 +151,8 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
   const { issuer, MCP_SERVER_URL: url, ENFORCE_SCOPES: enforceScopes } = settings;
   const log = createLog(settings.LOG_LEVEL);
   const resource = { issuer, url, name: RESOURCE_NAME, scopes: requestedScopes(enforceScopes) };
-  const authenticate = createAuthenticator(resource, log.info);
-  const createMcpServer = createMcpServerFactory({ resource, enforceScopes, store, warn: log.info });
+  const authenticate = createAuthenticator(resource, log);
+  const createMcpServer = createMcpServerFactory({ resource, enforceScopes, store, warn: log });
 
   const metadata = readOnly(() => protectedResourceMetadata(resource));
   const routes = new Map<string, Route>([
@@ -185,8 +187,7 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
     const [authorization, ...others] = new Set(request.headersDistinct.authorization);
     if (others.length > 0) throw new HttpError(400, "Two different Authorization headers: send one");
     const caller = await authenticate(authorization);
-    const reply = await exchangeMessage(request, caller, signal).catch(refuse);
-    return { ...reply, note: `${caller.subject} ${reply.note ?? JSON.stringify(caller.claims)}` };
+    return { ...await exchangeMessage(request, caller, signal).catch(refuse), caller };
   }
 
   async function exchangeMessage(request: http.IncomingMessage, caller: Caller, signal: AbortSignal): Promise<Reply> {
@@ -233,11 +234,13 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
     if (!isGone) send(response, reply);
     request.resume(); // what is left of a refused body: a client that is still sending would not see the answer
 
+    const { call, caller, refusal } = reply;
+    const isRefused = refusal !== undefined && !isGone;
+    if (!isRefused && settings.LOG_LEVEL !== "debug") return; // the line is not made for nothing
     const status = isGone ? "the client has gone after" : reply.status;
     const time = `${Math.round(performance.now() - started)} ms`;
-    const line = [request.method, pathOf(request.url), reply.call, status, time, reply.note].filter(Boolean).join(" ");
-    if (reply.status >= 400 && !isGone) log.info(line);
-    else log.debug(line);
+    const why = refusal ?? JSON.stringify(caller?.claims);
+    log([request.method, pathOf(request.url), call, status, time, caller?.subject, why].filter(Boolean).join(" "));
   });
   server.timeout = 120_000; // milliseconds without a byte either way: who never reads a reply holds no socket for ever
   return server;
@@ -248,7 +251,7 @@ function refuse(error: unknown, code = -32000, id: string | number | null = null
   const { status, headers, message } = error instanceof HttpError
     ? error
     : new HttpError(500, "The server failed; its log says why");
-  return { status, headers, body: { jsonrpc: "2.0", error: { code, message }, id }, note: describeError(error) };
+  return { status, headers, body: { jsonrpc: "2.0", error: { code, message }, id }, refusal: describeError(error) };
 }
 
 function send(response: http.ServerResponse, { status, body, headers = {} }: Reply) {
@@ -385,12 +388,11 @@ function nameOf(message: mcp.JSONRPCMessage): string {
 // ----------------------------------------------------------------------------------------------- start, stop
 
 /** One line an event, to stderr. Method, tool and path come from outside: no line breaks, no terminal codes. */
-function createLog(level: Settings["LOG_LEVEL"]) {
-  const write = (line: string) => {
+function createLog(level: Settings["LOG_LEVEL"]): (line: string) => void {
+  if (level === "silent") return () => {};
+  return (line) => {
     process.stderr.write(`${new Date().toISOString()} ${line.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, "?")}\n`);
   };
-  const ignore = () => {};
-  return { info: level === "silent" ? ignore : write, debug: level === "debug" ? write : ignore };
 }
 
 /** Refuses new connections and lets requests in flight finish. Resolves when all are closed, after 7 s at most. */
@@ -409,17 +411,17 @@ async function main() {
   const { env, differences } = readEnvironment();
   const settings = readSettings(env);
   const log = createLog(settings.LOG_LEVEL);
-  for (const line of differences) log.info(line);
-  const store = await openTaskStore(settings.DATABASE_URL, log.info);
+  for (const line of differences) log(line);
+  const store = await openTaskStore(settings.DATABASE_URL, log);
   const server = createServer(settings, store);
   // A promise that nobody awaited is a mistake in one call, and no reason to end the others.
   process.on(
     "unhandledRejection",
-    (error) => log.info(`A promise failed that nobody awaited: ${describeError(error)}`),
+    (error) => log(`A promise failed that nobody awaited: ${describeError(error)}`),
   );
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
     process.once(signal, async () => {
-      log.info(`Stopping on ${signal}`);
+      log(`Stopping on ${signal}`);
       setTimeout(() => process.exit(), 9_000); // even if the database does not let go
       await stop(server);
       await store.close();
@@ -428,7 +430,7 @@ async function main() {
   }
   const { HOST, PORT, MCP_SERVER_URL, issuer } = settings;
   await once(server.listen(PORT, HOST), "listening");
-  log.info(`Listening on ${HOST}:${PORT} for ${MCP_SERVER_URL}, with users from ${issuer}`);
+  log(`Listening on ${HOST}:${PORT} for ${MCP_SERVER_URL}, with users from ${issuer}`);
 }
 
 if (process.argv[1] !== undefined && realpathSync(process.argv[1]) === import.meta.filename) {
