@@ -2,11 +2,11 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { after, beforeEach, describe, test } from "node:test";
-import { assertMissing, environment, runDoctor, start, startWithTenantThat, statusOf } from "./support/doctor.ts";
-import type { Environment } from "./support/doctor.ts";
+import { assertMissing, environment, runDoctor, start, startWithTenantThat, statusOf } from "./run/doctor/report.ts";
+import type { Environment } from "./run/doctor/report.ts";
 import { MANAGEMENT_SCOPES } from "./support/management.ts";
 import { freePort, startServer } from "./support/server.ts";
-import { TOKEN } from "./support/setup.ts";
+import { TOKEN } from "./run/setup/report.ts";
 import { ALICE, configuredTenant, signIn, startTenant } from "./support/tenant.ts";
 import type { Tenant, TenantKind } from "./support/tenant.ts";
 

@@ -6,8 +6,8 @@ import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { test } from "node:test";
 import type { TestContext } from "node:test";
-import { main } from "./run/doctor.ts";
-import type { Options } from "./run/doctor.ts";
+import { main } from "./run/doctor/doctor.ts";
+import type { Options } from "./run/doctor/doctor.ts";
 import { publishClientMetadata } from "./support/chatgpt.ts";
 import {
   assertMissing,
@@ -17,8 +17,8 @@ import {
   startBehindTunnel,
   startWithTenantThat,
   statusOf,
-} from "./support/doctor.ts";
-import type { Intercept, Report } from "./support/doctor.ts";
+} from "./run/doctor/report.ts";
+import type { Intercept, Report } from "./run/doctor/report.ts";
 import { freePort, runCommandLine } from "./support/server.ts";
 import { configuredTenant, FIXED_CLIENT } from "./support/tenant-settings.ts";
 

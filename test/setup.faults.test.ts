@@ -4,7 +4,7 @@ import { after, describe, test } from "node:test";
 import { publishClientMetadata } from "./support/chatgpt.ts";
 import { ACTION_CODE, MANAGEMENT_SCOPES } from "./support/management.ts";
 import { freePort } from "./support/server.ts";
-import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL, TOKEN } from "./support/setup.ts";
+import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL, TOKEN } from "./run/setup/report.ts";
 import { configuredTenant, startTenant } from "./support/tenant.ts";
 
 const tenant = await startTenant();

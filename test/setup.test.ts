@@ -5,11 +5,11 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, describe, test } from "node:test";
 import { pathToFileURL } from "node:url";
-import { main } from "./run/setup.ts";
+import { main } from "./run/setup/setup.ts";
 import { Connector, publishClientMetadata } from "./support/chatgpt.ts";
-import { ManagementClient } from "./support/management-client.ts";
+import { ManagementClient } from "./run/setup/management-client.ts";
 import { runCommandLine, startServer } from "./support/server.ts";
-import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL, TOKEN } from "./support/setup.ts";
+import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL, TOKEN } from "./run/setup/report.ts";
 import {
   ALICE,
   CLIENT_KINDS,
@@ -263,15 +263,15 @@ test("the API gets the name and the permissions that tools.ts gives it", async (
   const directory = await mkdtemp(join(tmpdir(), "setup-"));
   t.after(() => rm(directory, { recursive: true }));
   const root = join(import.meta.dirname, "..");
-  for (const file of ["auth.ts", "package.json", "test/support/guide.ts"]) {
+  for (const file of ["auth.ts", "package.json", "test/run/setup/guide.ts"]) {
     await cp(join(root, file), join(directory, file));
   }
   await symlink(join(root, "node_modules"), join(directory, "node_modules"));
   const tools = (await readFile(join(root, "tools.ts"), "utf8")).replaceAll('"tasks:', '"notes:');
   await writeFile(join(directory, "tools.ts"), tools.replace('RESOURCE_NAME = "Tasks"', 'RESOURCE_NAME = "Notes"'));
 
-  const guide: typeof import("./support/guide.ts") = await import(
-    pathToFileURL(join(directory, "test/support/guide.ts")).href
+  const guide: typeof import("./run/setup/guide.ts") = await import(
+    pathToFileURL(join(directory, "test/run/setup/guide.ts")).href
   );
   const auth0 = new ManagementClient(tenant.issuer, TOKEN, () => Promise.resolve(), assert.fail);
   const { settings } = await guide.plan(auth0, { serverUrl: SERVER_URL, way: "register" });

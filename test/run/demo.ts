@@ -10,7 +10,7 @@
 import assert from "node:assert/strict";
 import http from "node:http";
 import { parseArgs, styleText } from "node:util";
-import { isMain } from "../support/command.ts";
+import { isMain } from "./command.ts";
 import { createServer } from "../../server.ts";
 import { Connector, type Hop, publishClientMetadata } from "../support/chatgpt.ts";
 import { freePort, startServer } from "../support/server.ts";

@@ -3,7 +3,7 @@
  * this machine; needs no Auth0 account. Tasks are kept in memory.
  */
 import { parseArgs } from "node:util";
-import { isMain } from "../support/command.ts";
+import { isMain } from "./command.ts";
 import { startServer } from "../support/server.ts";
 import { configuredTenant, startTenant } from "../support/tenant.ts";
 

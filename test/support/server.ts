@@ -1,10 +1,12 @@
 /** Starts the real server on loopback: inside the test's process, or as a process of its own. */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
+import { readFileSync } from "node:fs";
 import type { Server } from "node:http";
 import { isBuiltin } from "node:module";
 import { connect, createServer as createNetServer } from "node:net";
 import type { AddressInfo, Socket } from "node:net";
+import { join } from "node:path";
 import { createInterface } from "node:readline";
 import type { Readable } from "node:stream";
 import { text } from "node:stream/consumers";
@@ -88,13 +90,15 @@ function childEnvironment(env: Record<string, string>) {
   return { PATH, ...(NODE_COMPILE_CACHE !== undefined && { NODE_COMPILE_CACHE }), ...env };
 }
 
-/** Runs a file of run/ as a user does: a process of its own, on the runtime that runs this file, without a terminal. */
+/** Runs a script of package.json as a user does: a process of its own, on this runtime, without a terminal. */
 export function runCommandLine(
   name: string,
   args: string[] = [],
   { cwd = import.meta.dirname, env = {} }: { cwd?: string; env?: Record<string, string> } = {},
 ) {
-  const command = [...RUNTIME_FLAGS, `${import.meta.dirname}/../run/${name}.ts`, ...args];
+  const root = join(import.meta.dirname, "../..");
+  const { scripts } = JSON.parse(readFileSync(join(root, "package.json"), "utf8"));
+  const command = [...RUNTIME_FLAGS, join(root, scripts[name].replace("tsx ", "")), ...args];
   const child = spawn(process.execPath, command, {
     cwd,
     env: childEnvironment(env),

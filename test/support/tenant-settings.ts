@@ -3,7 +3,7 @@
  * of client.
  */
 import type { JSONWebKeySet } from "jose";
-import type { Way } from "./guide.ts";
+import type { Way } from "../run/setup/guide.ts";
 import type { StoredAction, StoredBinding } from "./management.ts";
 
 /** `scopes_supported` of every Auth0 tenant. An API's permissions are never among them. */

@@ -11,7 +11,7 @@ import { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import { StreamableHTTPServerTransport } from "@modelcontextprotocol/sdk/server/streamableHttp.js";
 import { createRemoteJWKSet, jwtVerify } from "jose";
 import { z } from "zod";
-import { newTask, openTaskStore } from "../../tools.ts";
+import { newTask, openTaskStore } from "../../../tools.ts";
 
 const { AUTH0_DOMAIN = "", MCP_SERVER_URL = "", DATABASE_URL, PORT } = process.env;
 const keys = createRemoteJWKSet(new URL(`${AUTH0_DOMAIN}/.well-known/jwks.json`));

@@ -1,6 +1,6 @@
 /** A client of Auth0's Management API, as far as `npm run setup` and `npm run doctor` need one. */
 import { z } from "zod";
-import { describeError } from "../../auth.ts";
+import { describeError } from "../../../auth.ts";
 
 const TIMEOUT_MS = 10_000;
 const PAGE_SIZE = 50;

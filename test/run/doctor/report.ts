@@ -7,14 +7,14 @@ import type { IncomingMessage, ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 import { text } from "node:stream/consumers";
 import type { TestContext } from "node:test";
-import { createServer } from "../../server.ts";
-import { doctor } from "../run/doctor.ts";
-import type { Options } from "../run/doctor.ts";
-import { startServer } from "./server.ts";
-import { ALICE, configuredTenant, signIn, startTenant } from "./tenant.ts";
-import type { TenantKind } from "./tenant.ts";
+import { createServer } from "../../../server.ts";
+import { doctor } from "./doctor.ts";
+import type { Options } from "./doctor.ts";
+import { startServer } from "../../support/server.ts";
+import { ALICE, configuredTenant, signIn, startTenant } from "../../support/tenant.ts";
+import type { TenantKind } from "../../support/tenant.ts";
 
-const README = readFileSync(new URL("../../README.md", import.meta.url), "utf8");
+const README = readFileSync(new URL("../../../README.md", import.meta.url), "utf8");
 
 export type Environment = Record<string, string>;
 /** Shows the user a page, and returns where the browser is sent from there. */

@@ -3,15 +3,15 @@ import { spawn } from "node:child_process";
 import { randomUUID } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import { parseArgs } from "node:util";
-import { isMain, runCommand } from "../support/command.ts";
-import { describeError } from "../../auth.ts";
-import { readEnvironment, readSettings } from "../../server.ts";
-import * as checks from "../support/checks.ts";
-import { CannotTell, findCause, hide } from "../support/checks.ts";
-import type { Found, Run, Token } from "../support/checks.ts";
-import { plan } from "../support/guide.ts";
-import { ManagementClient } from "../support/management-client.ts";
-import { look } from "./setup.ts";
+import { isMain, runCommand } from "../command.ts";
+import { describeError } from "../../../auth.ts";
+import { readEnvironment, readSettings } from "../../../server.ts";
+import * as checks from "./checks.ts";
+import { CannotTell, findCause, hide } from "./checks.ts";
+import type { Found, Run, Token } from "./checks.ts";
+import { plan } from "../setup/guide.ts";
+import { ManagementClient } from "../setup/management-client.ts";
+import { look } from "../setup/setup.ts";
 
 const HELP = `Usage: npm run doctor -- [--register | --login | --client ID]
 

@@ -2,11 +2,11 @@
 import { createInterface } from "node:readline/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { parseArgs } from "node:util";
-import { isMain, runCommand } from "../support/command.ts";
-import { describeError } from "../../auth.ts";
-import { readEnvironment, readSettings } from "../../server.ts";
-import { plan, type Setting, type State, WAYS } from "../support/guide.ts";
-import { ManagementClient, type Wait } from "../support/management-client.ts";
+import { isMain, runCommand } from "../command.ts";
+import { describeError } from "../../../auth.ts";
+import { readEnvironment, readSettings } from "../../../server.ts";
+import { plan, type Setting, type State, WAYS } from "./guide.ts";
+import { ManagementClient, type Wait } from "./management-client.ts";
 
 const HELP = `Usage: npm run setup -- [--way WAY] [--connection NAME] [--document URL] [--apply [--yes]]
 

@@ -1,7 +1,7 @@
 /** Runs `npm run setup` inside the test's process, on a stand-in tenant, and reads what it says. */
-import { type Options, setup } from "../run/setup.ts";
-import { MANAGEMENT_SCOPES } from "./management.ts";
-import { newTenant, type Tenant, type TenantSettings } from "./tenant.ts";
+import { type Options, setup } from "./setup.ts";
+import { MANAGEMENT_SCOPES } from "../../support/management.ts";
+import { newTenant, type Tenant, type TenantSettings } from "../../support/tenant.ts";
 
 export const TOKEN = "management-token";
 export const SERVER_URL = "http://localhost:3000/mcp";

@@ -7,8 +7,8 @@
  */
 import { readFileSync } from "node:fs";
 import { z } from "zod";
-import { describeError } from "../../auth.ts";
-import { requestedScopes, RESOURCE_NAME } from "../../tools.ts";
+import { describeError } from "../../../auth.ts";
+import { requestedScopes, RESOURCE_NAME } from "../../../tools.ts";
 import type { ManagementClient } from "./management-client.ts";
 
 /** What the tools need. */
@@ -359,7 +359,7 @@ const Binding = z.object({
 });
 
 async function lookAtAction({ auth0 }: Context): Promise<State> {
-  const code = readFileSync(new URL("../../auth0-action.js", import.meta.url), "utf8");
+  const code = readFileSync(new URL("../../../auth0-action.js", import.meta.url), "utf8");
   const isOurs = (text: string | null | undefined) => text?.replaceAll("\r\n", "\n").trim() === code.trim();
   const all = await auth0.list("actions/actions?triggerId=post-login", Action);
   const action = all.find((one) => isOurs(one.code)) ?? all.find(({ name }) => name === ACTION_NAME);

@@ -9,9 +9,9 @@ import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/
 import * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
 import { decodeProtectedHeader } from "jose";
 import { z } from "zod";
-import { createAuthenticator, describeError, metadataUrl } from "../../auth.ts";
-import type { Caller } from "../../auth.ts";
-import type { Way } from "./guide.ts";
+import { createAuthenticator, describeError, metadataUrl } from "../../../auth.ts";
+import type { Caller } from "../../../auth.ts";
+import type { Way } from "../setup/guide.ts";
 
 const TIMEOUT_MS = 10_000;
 const SIGN_IN_MINUTES = 5;

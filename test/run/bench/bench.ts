@@ -12,12 +12,12 @@ import assert from "node:assert/strict";
 import { appendFile, copyFile, mkdtemp, rm, symlink } from "node:fs/promises";
 import { availableParallelism, tmpdir } from "node:os";
 import { join } from "node:path";
-import { Connection, median, megabytes, runtime, toRequest, usageOf } from "../support/load.ts";
-import type { Reply } from "../support/load.ts";
-import { noPostgres, startPostgres } from "../support/postgres.ts";
-import { freePort, noSqlite, spawnServer } from "../support/server.ts";
-import type { ServerProcess } from "../support/server.ts";
-import { startTenant } from "../support/tenant.ts";
+import { Connection, median, megabytes, runtime, toRequest, usageOf } from "./load.ts";
+import type { Reply } from "./load.ts";
+import { noPostgres, startPostgres } from "../../support/postgres.ts";
+import { freePort, noSqlite, spawnServer } from "../../support/server.ts";
+import type { ServerProcess } from "../../support/server.ts";
+import { startTenant } from "../../support/tenant.ts";
 
 const isQuick = process.argv.includes("--quick");
 const isForMemory = process.argv.includes("--memory");
@@ -64,7 +64,7 @@ interface Round {
   cpu: number;
 }
 
-const root = join(import.meta.dirname, "../..");
+const root = join(import.meta.dirname, "../../..");
 const audience = "http://localhost/mcp"; // the same for all, whatever their ports
 const directory = await mkdtemp(join(tmpdir(), "bench-"));
 const postgres = noPostgres || isForMemory ? undefined : await startPostgres();
@@ -103,7 +103,7 @@ async function compare() {
     await enter({ name: "server.ts, PostgreSQL", script, env: { DATABASE_URL: postgres.url } });
   const documented = await enter({
     name: "documented pattern",
-    script: join(root, "test/support/peer-documented.ts"),
+    script: join(root, "test/run/bench/peer-documented.ts"),
   });
   const bare = await enterBare(ours);
 
@@ -193,7 +193,7 @@ function titlesOf(user: number): string[] {
 async function enterBare({ exchanges }: Contestant): Promise<Contestant> {
   const [called, listed, refused] = SCENARIOS.map((scenario) => String(exchanges[scenario][0]?.expected.body));
   const replies = `{"/mcp?tools/call":${called},"/mcp?tools/list":${listed},"/mcp?refused":${refused}}`;
-  const script = join(root, "test/support/peer-bare.ts");
+  const script = join(root, "test/run/bench/peer-bare.ts");
   const program = { name: "bare node:http", script, env: { REPLIES: replies } };
   const running = await start(program);
   return { ...program, ...running, exchanges: await ask(running.port) };

@@ -12,10 +12,10 @@ import { randomInt, randomUUID } from "node:crypto";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import type { Task } from "../../tools.ts";
-import { Connection, median, megabytes, runtime, toRequest, usageOf } from "../support/load.ts";
-import { freePort, noSqlite, spawnServer } from "../support/server.ts";
-import { startTenant } from "../support/tenant.ts";
+import type { Task } from "../../../tools.ts";
+import { Connection, median, megabytes, runtime, toRequest, usageOf } from "./load.ts";
+import { freePort, noSqlite, spawnServer } from "../../support/server.ts";
+import { startTenant } from "../../support/tenant.ts";
 
 const USERS = 32;
 const MAX_TASKS = 25; // each, so that the store does not grow with the run
