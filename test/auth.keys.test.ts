@@ -81,10 +81,7 @@ for (const [fault, answer] of Object.entries(FAULTS)) {
 test("what went wrong is told for each address that was tried", () => {
   const refused = ["::1", "127.0.0.1"].map((address) => new Error(`connect ECONNREFUSED ${address}`));
   const failure = new TypeError("fetch failed", { cause: new AggregateError(refused) });
-  assert.equal(
-    describeError(failure),
-    "fetch failed: connect ECONNREFUSED ::1, connect ECONNREFUSED 127.0.0.1",
-  );
+  assert.equal(describeError(failure), "fetch failed: connect ECONNREFUSED ::1, connect ECONNREFUSED 127.0.0.1");
 });
 
 test("Auth0 that cannot be reached is a 503", async (t) => {

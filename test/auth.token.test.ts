@@ -98,9 +98,7 @@ test("the public key is not taken for an HMAC secret", async () => {
   const { keys: [jwk] } = await (await fetch(`${tenant.issuer}.well-known/jwks.json`)).json();
   const pem = createPublicKey({ key: jwk, format: "jwk" }).export({ type: "spki", format: "pem" });
   const [, payload] = (await tenant.sign()).split(".");
-  const header = Buffer.from(JSON.stringify({ alg: "HS256", typ: "JWT", kid: jwk.kid })).toString(
-    "base64url",
-  );
+  const header = Buffer.from(JSON.stringify({ alg: "HS256", typ: "JWT", kid: jwk.kid })).toString("base64url");
   const signature = createHmac("sha256", pem).update(`${header}.${payload}`).digest("base64url");
   await assertRefused(`${header}.${payload}.${signature}`, /RS256/);
 });

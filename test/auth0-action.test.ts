@@ -26,9 +26,7 @@ test("the Action grants no OIDC scope that was not asked for", async () => {
 });
 
 test("the Action grants no permission of an API, whoever asks", async () => {
-  assert.deepEqual(await run({ transaction: { requested_scopes: ["tasks:write", "email", "admin"] } }), [
-    "email",
-  ]);
+  assert.deepEqual(await run({ transaction: { requested_scopes: ["tasks:write", "email", "admin"] } }), ["email"]);
 });
 
 test("the Action grants all OIDC scopes where Auth0 does not say what was asked", async () => {

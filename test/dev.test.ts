@@ -82,10 +82,7 @@ test("the command line says in one line what stops it, and ends with status 1", 
 
 test("an unknown argument or tenant is refused, and --help says every option", async () => {
   await assert.rejects(dev(["--brake"], {}, assert.fail), /Unknown option '--brake'/);
-  await assert.rejects(
-    dev(["--tenant", "lenient"], {}, assert.fail),
-    /--tenant must be permissive or strict/,
-  );
+  await assert.rejects(dev(["--tenant", "lenient"], {}, assert.fail), /--tenant must be permissive or strict/);
   const lines: string[] = [];
   await (await dev(["--help"], {}, (line) => lines.push(line)))();
   for (const name of ["--tenant", "--help", "PORT", "TENANT_PORT", "LOG_LEVEL"]) {
@@ -134,10 +131,7 @@ test(
     const offered = "[...document.activeElement.list.options].map(({ value }) => value).join(' ')";
     await look(offered, (emails) => emails === `${ALICE.email} ${BOB.email}`);
     await look("document.documentElement.scrollWidth", (width) => width === 360);
-    await look(
-      "parseFloat(getComputedStyle(document.activeElement).outlineWidth)",
-      (width) => Number(width) >= 2,
-    );
+    await look("parseFloat(getComputedStyle(document.activeElement).outlineWidth)", (width) => Number(width) >= 2);
     const heights = "Math.min(...[...document.querySelectorAll('input, button')].map((one) => one.offsetHeight))";
     await look(heights, (height) => Number(height) >= 44); // for a thumb
     await type("eve@example.com");

@@ -63,9 +63,7 @@ const LEFT_OUT: {
     settings: "the Identifier of the API",
     kinds: ["strict"],
     leaveOut: (settings) => settings.apis.forEach((api) => api.identifier += "/"),
-    missing: [
-      [1, /sign-in page: .*Service not found: http\S+\/mcp .*README, "Service not found"/],
-    ],
+    missing: [[1, /sign-in page: .*Service not found: http\S+\/mcp .*README, "Service not found"/]],
     follows: /token: .*Service not found: http\S+\/mcp As above at "sign-in page"/,
   },
   {
@@ -174,10 +172,7 @@ for (const kind of KINDS) {
         assertMissing(report);
         assert.equal(tenant.settings.applications.length, 1);
         assert.equal(statusOf(report, /npm run doctor -- --register/), "cannot tell");
-        assert.equal(
-          statusOf(report, /AUTH0_CLIENT_ID and AUTH0_CLIENT_SECRET are not set/),
-          "cannot tell",
-        );
+        assert.equal(statusOf(report, /AUTH0_CLIENT_ID and AUTH0_CLIENT_SECRET are not set/), "cannot tell");
         assert.equal(statusOf(report, /npm run doctor -- --login/), "cannot tell");
       });
 
@@ -219,10 +214,7 @@ describe("with ENFORCE_SCOPES", () => {
     const { env, tenant } = await start(t, { ENFORCE_SCOPES: "true" });
     for (const api of tenant.settings.apis) api.enableRbac = true;
     const report = await runDoctor(env, { login: true });
-    assertMissing(report, [
-      1,
-      /scopes of the API: found no tasks:read tasks:write.*README, "Permissions per tool"/,
-    ]);
+    assertMissing(report, [1, /scopes of the API: found no tasks:read tasks:write.*README, "Permissions per tool"/]);
     assert.match(report.output, /scopes of the API: tasks:read tasks:write/); // of the machine-to-machine token
   });
 });
@@ -246,10 +238,7 @@ describe("between the doctor and the tenant", () => {
     const { env, tenant } = await start(t);
     tenant.answerJwks = (response) => response.writeHead(500).end();
     const report = await runDoctor(env);
-    assertMissing(report, [
-      0,
-      /signing keys: http\S+jwks\.json answers 500.*README, "503 Service Unavailable"/,
-    ]);
+    assertMissing(report, [0, /signing keys: http\S+jwks\.json answers 500.*README, "503 Service Unavailable"/]);
     assert.equal(statusOf(report, /claims: not checked, since it needs the signing keys/), "cannot tell");
   });
 

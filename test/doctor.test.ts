@@ -228,22 +228,13 @@ test("the tenant's issuer identification decides which callback and document of 
   tenant.settings.clientIdMetadataDocumentRegistration = true;
   const off = await runDoctor(env);
   assertMissing(off);
-  assert.match(
-    off.output,
-    /issuer identification: off: .* https:\/\/chatgpt\.com\/connector\/oauth\/\{callback_id\}/,
-  );
-  assert.match(
-    off.output,
-    /CIMD: advertised: .* https:\/\/chatgpt\.com\/oauth\/\{callback_id\}\/client\.json/,
-  );
+  assert.match(off.output, /issuer identification: off: .* https:\/\/chatgpt\.com\/connector\/oauth\/\{callback_id\}/);
+  assert.match(off.output, /CIMD: advertised: .* https:\/\/chatgpt\.com\/oauth\/\{callback_id\}\/client\.json/);
 
   tenant.settings.includeIssuerInAuthorizationResponses = true;
   const on = await runDoctor(env, { login: true });
   assertMissing(on);
-  assert.match(
-    on.output,
-    /issuer identification: on: .* https:\/\/chatgpt\.com\/connector_platform_oauth_redirect/,
-  );
+  assert.match(on.output, /issuer identification: on: .* https:\/\/chatgpt\.com\/connector_platform_oauth_redirect/);
   assert.match(on.output, /CIMD: advertised: .* https:\/\/chatgpt\.com\/oauth\/client\.json/);
   assert.equal(statusOf(on, /issuer of the answer: http/), "ok");
 });
@@ -294,10 +285,7 @@ test("a client's document is good once the tenant takes such documents and has i
     2,
     /client: http\S+ answers 404 .*copy the address/,
   ]);
-  assertMissing(await runDoctor(env, { client }), [
-    2,
-    /sign-in page: .*Unknown client: http\S+client\.json .*Import/,
-  ]);
+  assertMissing(await runDoctor(env, { client }), [2, /sign-in page: .*Unknown client: http\S+client\.json .*Import/]);
   await tenant.importFromUrl(client);
   const report = await runDoctor(env, { client });
   assertMissing(report);
@@ -316,10 +304,7 @@ test("the command line reads the server's .env, explains itself, and knows its o
   const bare = await runCommandLine("doctor", [], surroundings).outcome;
   assert.equal(bare.status, 1);
   assert.match(bare.stdout, /^PORT differs .*4002.*\n$/); // which differs from the environment's
-  assert.match(
-    bare.stderr,
-    /^AUTH0_DOMAIN is missing: .*\nMCP_SERVER_URL is missing: .*\nLOG_LEVEL is no log level/,
-  );
+  assert.match(bare.stderr, /^AUTH0_DOMAIN is missing: .*\nMCP_SERVER_URL is missing: .*\nLOG_LEVEL is no log level/);
   const help: string[] = [];
   assert.equal(await main(["--help"], (text) => help.push(text)), 0);
   for (const option of ["--register", "--login", "--client", "--help"]) {

@@ -75,9 +75,7 @@ for (const path of ["README.md", "test/README.md"]) {
   test(`every file that ${path} names exists, but for those of the reader's own`, () => {
     const own = ["tasks.db", "client.json", "jwks.json"];
     const places = [".", "test", "test/run", "test/support"];
-    const named = [...text.matchAll(/(?<![\w/.*-])(?:[\w-]+\/)*\w[\w.-]*\.(?:ts|js|json|db)\b/g)].map((
-      [name],
-    ) => name);
+    const named = [...text.matchAll(/(?<![\w/.*-])(?:[\w-]+\/)*\w[\w.-]*\.(?:ts|js|json|db)\b/g)].map(([name]) => name);
     const isKnown = (name: string) => places.some((place) => existsSync(join(ROOT, place, name)));
     assert.deepEqual([...new Set(named)].filter((name) => !own.includes(name) && !isKnown(name)), []);
   });

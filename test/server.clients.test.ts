@@ -191,11 +191,7 @@ test("pipelined requests are answered each, and in their order", async () => {
 test("conflicting headers are refused", async () => {
   const body = message("ping");
   const length = `content-length: ${body.length}`;
-  for (
-    const extra of [[length, "content-length: 1"], [length, "transfer-encoding: chunked"], [
-      "content-length: -1",
-    ]]
-  ) {
+  for (const extra of [[length, "content-length: 1"], [length, "transfer-encoding: chunked"], ["content-length: -1"]]) {
     const socket = await open(port);
     socket.write(wire(body, extra));
     assert.match(await readAll(socket), /^HTTP\/1.1 400 /, extra.join());

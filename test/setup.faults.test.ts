@@ -64,20 +64,14 @@ describe("Auth0's errors are one line", () => {
     reset(tenant);
     const { status, output } = await runSetup(tenant, {}, { env: { AUTH0_MANAGEMENT_TOKEN: "" } });
     assert.equal(status, 1);
-    assert.match(
-      output,
-      /^AUTH0_MANAGEMENT_TOKEN is missing: copy it from Auth0 Dashboard → .* API Explorer.*$/,
-    );
+    assert.match(output, /^AUTH0_MANAGEMENT_TOKEN is missing: copy it from Auth0 Dashboard → .* API Explorer.*$/);
   });
 
   test("a token that Auth0 refuses", async () => {
     reset(tenant);
     const { status, output } = await runSetup(tenant, {}, { env: { AUTH0_MANAGEMENT_TOKEN: "another" } });
     assert.equal(status, 1);
-    assert.equal(
-      output,
-      "Auth0 refuses AUTH0_MANAGEMENT_TOKEN: Invalid token. Copy a new one, as --help says",
-    );
+    assert.equal(output, "Auth0 refuses AUTH0_MANAGEMENT_TOKEN: Invalid token. Copy a new one, as --help says");
   });
 
   test("a scope that the token lacks is named, whichever it is", async () => {
@@ -122,15 +116,9 @@ describe("Auth0's errors are one line", () => {
   test("an answer that is not Auth0's, or not as expected", async () => {
     reset(tenant);
     tenant.beforeManagement = () => Promise.resolve(new Response("<html>It works!</html>"));
-    assert.match(
-      (await runSetup(tenant)).output,
-      /^GET tenants\/settings: 200, and not in Auth0's words\. [^\n]+$/,
-    );
+    assert.match((await runSetup(tenant)).output, /^GET tenants\/settings: 200, and not in Auth0's words\. [^\n]+$/);
     tenant.beforeManagement = () => Promise.resolve(Response.json({ default_audience: 1 }));
-    assert.match(
-      (await runSetup(tenant)).output,
-      /^GET tenants\/settings: an answer that is not expected\. [^\n]+$/,
-    );
+    assert.match((await runSetup(tenant)).output, /^GET tenants\/settings: an answer that is not expected\. [^\n]+$/);
   });
 
   test("a change that Auth0 takes and does not make", async () => {
@@ -143,10 +131,7 @@ describe("Auth0's errors are one line", () => {
 
   test("--way and --document that cannot be", async () => {
     reset(tenant);
-    assert.equal(
-      (await runSetup(tenant, { way: "dcr" })).output,
-      "--way must be one of cimd, register, fixed",
-    );
+    assert.equal((await runSetup(tenant, { way: "dcr" })).output, "--way must be one of cimd, register, fixed");
     assert.equal((await runSetup(tenant, { document: "client.json" })).output, "--document must be a URL");
   });
 });
@@ -272,10 +257,7 @@ describe("What is there already is not overwritten, but said, with the choice", 
     reset(tenant, { kind: "permissive", defaultAudience: "https://other.example.com/" });
     const { status, output } = await runSetup(tenant, { ...REGISTER, ...APPLY });
     assert.equal(status, 1);
-    assert.match(
-      output,
-      /Stopped at what is by hand: Step 2, Default Audience\. Run this again when it is done\.$/,
-    );
+    assert.match(output, /Stopped at what is by hand: Step 2, Default Audience\. Run this again when it is done\.$/);
     assert.equal(tenant.settings.apis.length, 1);
     assert.equal(tenant.settings.defaultAudience, "https://other.example.com/");
     assert.equal(tenant.settings.connections[0]?.domainLevel, false);
@@ -398,10 +380,7 @@ describe("Of several connections", () => {
     several();
     const unknown = await runSetup(tenant, { ...REGISTER, ...APPLY, connection: "Conection-3" });
     assert.equal(unknown.status, 1);
-    assert.match(
-      unknown.output,
-      /none is called Conection-3\n +Choose one with --connection NAME: Connection-0/,
-    );
+    assert.match(unknown.output, /none is called Conection-3\n +Choose one with --connection NAME: Connection-0/);
     tenant.settings.connections = [];
     assert.match(
       (await runSetup(tenant, REGISTER)).output,

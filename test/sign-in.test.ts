@@ -26,12 +26,7 @@ import type { ClientKind, SettingName, TenantKind, User } from "./support/tenant
 const KINDS: TenantKind[] = ["permissive", "strict"];
 
 /** The server and a tenant that is configured for it as the README says. */
-async function start(
-  t: TestContext,
-  kind: TenantKind,
-  env: Record<string, string> = {},
-  tenantHost = "localhost",
-) {
+async function start(t: TestContext, kind: TenantKind, env: Record<string, string> = {}, tenantHost = "localhost") {
   const tenant = await startTenant({ kind });
   t.after(() => tenant.close());
   const AUTH0_DOMAIN = tenant.origin.replace("localhost", tenantHost);
@@ -234,11 +229,7 @@ for (const kind of KINDS) {
     const provider = new Provider();
     const client = await connect(url, provider, ALICE);
     t.after(() => client.close());
-    assert.deepEqual(provider.tokens()?.scope?.split(" ").toSorted(), [
-      "offline_access",
-      "tasks:read",
-      "tasks:write",
-    ]);
+    assert.deepEqual(provider.tokens()?.scope?.split(" ").toSorted(), ["offline_access", "tasks:read", "tasks:write"]);
     const { isError } = await client.callTool({ name: "create_task", arguments: { title: "Allowed" } });
     assert.notEqual(isError, true);
   });

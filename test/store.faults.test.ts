@@ -119,11 +119,7 @@ async function newUser(port: number, subject = `auth0|${randomUUID()}`) {
 type User = Awaited<ReturnType<typeof newUser>>;
 
 /** Creates a task for each title through these users, who go on until all is done: how calls failed meanwhile. */
-async function createAll(
-  users: User[],
-  titles: string[],
-  onCreated: (count: number) => void,
-): Promise<string[]> {
+async function createAll(users: User[], titles: string[], onCreated: (count: number) => void): Promise<string[]> {
   const left = [...titles];
   const failures: string[] = [];
   let created = 0;
@@ -170,9 +166,7 @@ test("a place that cannot be written to stops the start, the file new or old", o
   const old = join(place, "old.db");
   await (await openTaskStore(`file:${old}`, () => {})).close();
   await chmod(old, 0o444);
-  for (
-    const [mode, name, why] of [[0o555, "new.db", "unable to open"], [0o777, "old.db", "readonly"]] as const
-  ) {
+  for (const [mode, name, why] of [[0o555, "new.db", "unable to open"], [0o777, "old.db", "readonly"]] as const) {
     await chmod(place, mode);
     const opened = asNobody(() => openTaskStore(`file:${join(place, name)}`, () => {}));
     await assert.rejects(opened, new RegExp(`DATABASE_URL: .*${name} cannot be used: .*${why}`));
@@ -292,9 +286,7 @@ describe("a server", { timeout, concurrency: true }, () => {
       const start = () => startProcess(killedPort, `file:${file}`);
       // Both at once, before there is a file.
       const [killed] = await Promise.all([start(), startHere(otherPort, `file:${file}`)]);
-      const users = await Promise.all(
-        [ports, ports, ports, ports].flat().map((port) => newUser(port, "auth0|alice")),
-      );
+      const users = await Promise.all([ports, ports, ports, ports].flat().map((port) => newUser(port, "auth0|alice")));
       const titles = numbered(60);
       let restarted: Promise<unknown> | undefined;
       const failures = await createAll(users, titles, (count) => {

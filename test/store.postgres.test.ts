@@ -48,10 +48,7 @@ after(async () => {
 const updated_at = new Date().toISOString();
 const task = (title: string) => newTask({ title, notes: null, due_at: null });
 
-async function open(
-  url: string,
-  warn: (line: string) => void = () => {},
-): Promise<TaskStore> {
+async function open(url: string, warn: (line: string) => void = () => {}): Promise<TaskStore> {
   const store = await openTaskStore(url, warn);
   closing.push(() => store.close());
   return store;
@@ -195,9 +192,7 @@ describe("a store on PostgreSQL", { skip: noPostgres, concurrency: true, timeout
     for (const name of ["tools.ts", "auth.ts", "package.json"]) {
       await cp(join(ROOT, name), join(project, name));
     }
-    const { openTaskStore }: typeof import("../tools.ts") = await import(
-      pathToFileURL(join(project, "tools.ts")).href
-    );
+    const { openTaskStore }: typeof import("../tools.ts") = await import(pathToFileURL(join(project, "tools.ts")).href);
     await assert.rejects(
       openTaskStore(url, () => {}),
       /^Error: DATABASE_URL: .*its driver is missing, run: npm install --save-prod pg$/,

@@ -243,10 +243,7 @@ for (const { name, skip, overshoot, openTwo } of stores) {
       const changed = found(await store.update(owner, first.id, { status: "done", updated_at: first.updated_at }));
       assert.deepEqual(found(await other.create(owner, task("second"), "key")), changed);
       assert.notEqual((await store.create(owner, task("other"), "other key"))?.id, first.id);
-      assert.notEqual(
-        (await store.create(owner, task("none")))?.id,
-        (await store.create(owner, task("none")))?.id,
-      );
+      assert.notEqual((await store.create(owner, task("none")))?.id, (await store.create(owner, task("none")))?.id);
       await store.delete(owner, first.id);
       assert.equal((await other.create(owner, task("third"), "key"))?.title, "third");
     });
@@ -342,10 +339,7 @@ describe("the tables", { concurrency: true }, () => {
           await server.close();
         }
         assert.equal((await numbers(url)).length, before + 1);
-        assert.deepEqual((await run(url, "SELECT id, colour FROM tasks")).map(Object.values), [[
-          created.id,
-          null,
-        ]]);
+        assert.deepEqual((await run(url, "SELECT id, colour FROM tasks")).map(Object.values), [[created.id, null]]);
 
         const earlier = await open(url); // goes on, as where a release is taken back
         assert.deepEqual(await list(earlier, "owner"), [created]);

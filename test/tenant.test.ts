@@ -322,10 +322,7 @@ test("a machine-to-machine application gets a token of its own, with its secret 
   const [api] = configuredTenant("permissive", "https://other.example").apis;
   assert.ok(api);
   tenant.settings.apis.push(api);
-  assert.equal(
-    (await exchange(tenant, { ...credentials, audience: api.identifier })).body.error,
-    "access_denied",
-  );
+  assert.equal((await exchange(tenant, { ...credentials, audience: api.identifier })).body.error, "access_denied");
   const { body: { client_id: clientId = "" } } = await register(tenant);
   const refused = await exchange(tenant, {
     grant_type: "client_credentials",
@@ -447,10 +444,7 @@ test("an application made by hand signs in at its own connections and callbacks,
     redirect_uri,
     code_verifier: VERIFIER,
   };
-  assert.equal(
-    (await exchange(tenant, { ...exchanged, client_secret: "guess" })).body.error,
-    "invalid_client",
-  );
+  assert.equal((await exchange(tenant, { ...exchanged, client_secret: "guess" })).body.error, "invalid_client");
   assert.ok((await exchange(tenant, exchanged)).body.id_token);
   await assert.rejects(signInAs({ redirect_uri: `${redirect_uri}/other` }), /Callback URL mismatch: https/);
   for (const application of tenant.settings.applications) application.connections = ["google-oauth2"];

@@ -307,10 +307,7 @@ async function demonstrate(
       });
     // An application made by hand can be prepared for a client that refreshes twice at once.
     const refreshes = way === "fixed" ? 2 : 1;
-    const failure = await useTheTools(connectorOf, refreshes, print).then(
-      () => undefined,
-      (error: unknown) => error,
-    );
+    const failure = await useTheTools(connectorOf, refreshes, print).then(() => undefined, (error: unknown) => error);
     if (broken) return explain(broken, failure, tenant, print);
     if (failure === undefined) return summarize(print);
     printError(String(failure instanceof Error ? failure.stack : failure));

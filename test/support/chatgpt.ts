@@ -299,11 +299,7 @@ export class Connector {
     return { code, codeVerifier };
   }
 
-  #exchange(
-    request: Omit<Link, "tokens">,
-    authorizationCode: string,
-    codeVerifier: string,
-  ): Promise<OAuthTokens> {
+  #exchange(request: Omit<Link, "tokens">, authorizationCode: string, codeVerifier: string): Promise<OAuthTokens> {
     const { authorizationServer, metadata, resource, requestedScopes, callbackId } = request;
     const { oidcEnabled = true } = this.#options;
     const asked = `POST ${metadata.token_endpoint} grant_type=authorization_code resource=${resource}`;
@@ -316,10 +312,7 @@ export class Connector {
         redirectUri,
       });
       if (oidcEnabled && !tokens.id_token) {
-        throw new LinkError(
-          "We couldn't connect this account (no ID token)",
-          "OAUTH_OWNER_PROFILE_ID_MISSING",
-        );
+        throw new LinkError("We couldn't connect this account (no ID token)", "OAUTH_OWNER_PROFILE_ID_MISSING");
       }
       checkScopes(requestedScopes, tokens);
       return [tokens, describeTokens(requestedScopes, tokens)];
@@ -472,10 +465,7 @@ function securityScopes({ securitySchemes, _meta }: Tool): string[] {
 }
 
 /** What kind of tokens came, never the tokens. */
-function describeTokens(
-  requested: string[],
-  { access_token, refresh_token, id_token, scope }: OAuthTokens,
-): string {
+function describeTokens(requested: string[], { access_token, refresh_token, id_token, scope }: OAuthTokens): string {
   return [
     `access token: ${describeAccessToken(access_token)}`,
     `refresh token: ${refresh_token ? "yes" : "no"}`,

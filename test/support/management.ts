@@ -170,11 +170,7 @@ function createApi({ settings, body }: Call): Answer {
     scopes: Scopes,
   }).parse(body);
   if (settings.apis.some((api) => api.identifier === identifier)) {
-    throw new ManagementError(
-      409,
-      "resource_server_conflict",
-      "A resource server with the same identifier exists",
-    );
+    throw new ManagementError(409, "resource_server_conflict", "A resource server with the same identifier exists");
   }
   const api: Api = {
     identifier,
@@ -288,11 +284,7 @@ async function importClient({ settings, body, importFromUrl }: Call): Promise<An
   const find = (): Application | undefined => settings.applications.find((one) => one.externalClientId === url);
   const known = find();
   if (!settings.clientIdMetadataDocumentRegistration) {
-    throw new ManagementError(
-      403,
-      "feature_not_enabled",
-      "Client ID Metadata Document Registration is not enabled",
-    );
+    throw new ManagementError(403, "feature_not_enabled", "Client ID Metadata Document Registration is not enabled");
   }
   if (!known && settings.applications.length >= settings.applicationLimit) {
     const message = "You reached the limit of entities of this type for this tenant";
@@ -311,9 +303,7 @@ async function importClient({ settings, body, importFromUrl }: Call): Promise<An
 
 // ------------------------------------------------------------------------------------------------- connections
 
-const describeConnection = (
-  { name, domainLevel, strategy = "auth0" }: TenantSettings["connections"][number],
-) => ({
+const describeConnection = ({ name, domainLevel, strategy = "auth0" }: TenantSettings["connections"][number]) => ({
   id: `con_${name}`,
   name,
   strategy,

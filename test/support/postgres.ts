@@ -150,10 +150,7 @@ export async function startPostgres(): Promise<Postgres> {
  * @param port Where one was before.
  * @returns The same URL, through the pooler.
  */
-export async function startPgBouncer(
-  url: string,
-  port?: number,
-): Promise<{ url: string; close(): Promise<void> }> {
+export async function startPgBouncer(url: string, port?: number): Promise<{ url: string; close(): Promise<void> }> {
   const directory = await newDirectory();
   const database = new URL(url);
   const pooled = new URL(url);

@@ -38,11 +38,7 @@ export class Provider implements OAuthClientProvider {
 }
 
 /** Connects; with `user`, expects to be sent to the sign-in page first. The caller closes the client. */
-export async function connect(
-  url: string,
-  provider: Provider,
-  user?: Pick<User, "email">,
-): Promise<Client> {
+export async function connect(url: string, provider: Provider, user?: Pick<User, "email">): Promise<Client> {
   const client = new Client({ name: "SDK", version: "1.0.0" });
   const transport = () => new StreamableHTTPClientTransport(new URL(url), { authProvider: provider });
   if (user) {

@@ -2,12 +2,7 @@
 import type { Application, User } from "./tenant-settings.ts";
 
 /** Sign-in and consent in one, where Auth0 has a page for each. */
-export function signInPage(
-  { name }: Application,
-  scopes: string[],
-  users: User[],
-  problem = "",
-): Response {
+export function signInPage({ name }: Application, scopes: string[], users: User[], problem = ""): Response {
   const alert = problem && `<p id="problem" class="problem" role="alert">${escapeHtml(problem)}</p>`;
   return page(
     "Log in",

@@ -368,9 +368,7 @@ export class Tenant {
     const application = this.#findApplication(clientId);
     if (!application) throw new OAuthError("invalid_request", `Unknown client: ${clientId}`);
     const redirectUri = query.get("redirect_uri") ?? "";
-    if (
-      !application.callbackUrls.some((url) => withoutLoopbackPort(url) === withoutLoopbackPort(redirectUri))
-    ) {
+    if (!application.callbackUrls.some((url) => withoutLoopbackPort(url) === withoutLoopbackPort(redirectUri))) {
       throw new OAuthError("invalid_request", `Callback URL mismatch: ${redirectUri}`);
     }
     return application;
@@ -579,12 +577,7 @@ export class Tenant {
   }
 
   /** Without an API the token is for Auth0's own /userinfo and nobody else can read it. */
-  #accessToken(
-    api: Api | undefined,
-    { clientId }: Application,
-    scopes: string[],
-    claims: JWTPayload,
-  ): Promise<string> {
+  #accessToken(api: Api | undefined, { clientId }: Application, scopes: string[], claims: JWTPayload): Promise<string> {
     const userinfo = `${this.issuer}userinfo`;
     if (!api) {
       if (this.settings.userinfoToken === "opaque") return Promise.resolve(randomId());

@@ -6,12 +6,7 @@ import type { Socket } from "node:net";
 export const runtime = "Deno" in globalThis ? `Deno ${process.versions.deno}` : `Node ${process.versions.node}`;
 
 /** An MCP message as the bytes of an HTTP request, so that it can be made once and sent often. */
-export function toRequest(
-  token: string,
-  method: string,
-  params: Record<string, unknown> = {},
-  path = "/mcp",
-): Buffer {
+export function toRequest(token: string, method: string, params: Record<string, unknown> = {}, path = "/mcp"): Buffer {
   const body = JSON.stringify({ jsonrpc: "2.0", id: 1, method, params });
   const head = [
     `POST ${path} HTTP/1.1`,
@@ -73,10 +68,7 @@ export class Connection {
   leave(request: Buffer, how: "end" | "reset"): Promise<void> {
     return new Promise((resolve) => {
       this.#socket.on("close", () => resolve());
-      this.#socket.write(
-        request,
-        () => how === "end" ? this.#socket.destroy() : this.#socket.resetAndDestroy(),
-      );
+      this.#socket.write(request, () => how === "end" ? this.#socket.destroy() : this.#socket.resetAndDestroy());
     });
   }
 

@@ -30,9 +30,7 @@ function getServer(owner: string): McpServer {
   });
   const title = z.string().trim().min(1).max(200).describe("What to do, in the user's words");
   const notes = z.string().max(4000).nullish().describe("Details; null for none");
-  const due_at = z.iso.datetime({ offset: true }).nullish().describe(
-    "When it is due, ISO 8601; null for no date",
-  );
+  const due_at = z.iso.datetime({ offset: true }).nullish().describe("When it is due, ISO 8601; null for no date");
   const id = z.uuid().describe("The id of a task, from list_tasks or create_task");
 
   const server = new McpServer({ name: "tasks", version: "1.0.0" });

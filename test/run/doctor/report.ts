@@ -30,11 +30,7 @@ export interface Report {
 const asAlice: Browser = (url) => signIn(url, ALICE);
 
 /** Signs in where the doctor asks for that. Every heading it names must be in the README. */
-export async function runDoctor(
-  env: Environment,
-  options: Options = {},
-  browser: Browser = asAlice,
-): Promise<Report> {
+export async function runDoctor(env: Environment, options: Options = {}, browser: Browser = asAlice): Promise<Report> {
   let output = "";
   const status = await doctor(env, options, (text) => output += `${text}\n`, async (url) => {
     await fetch(await browser(url));
@@ -126,12 +122,7 @@ export async function startWithTenantThat(
   return { tenant, env: environment(origin, server.url) };
 }
 
-export function sendPage(
-  response: ServerResponse,
-  status: number,
-  html: string,
-  headers: Environment = {},
-): true {
+export function sendPage(response: ServerResponse, status: number, html: string, headers: Environment = {}): true {
   response.writeHead(status, { "content-type": "text/html", ...headers }).end(html);
   return true;
 }

@@ -286,10 +286,7 @@ const Client = z.object({
 
 /** All of them, without their secrets and keys. */
 const readClients = (auth0: ManagementClient) =>
-  auth0.list(
-    "clients?is_global=false&fields=client_secret,signing_keys,encryption_key&include_fields=false",
-    Client,
-  );
+  auth0.list("clients?is_global=false&fields=client_secret,signing_keys,encryption_key&include_fields=false", Client);
 
 async function lookAtDocument({ auth0, document }: Context): Promise<State> {
   const clients = await readClients(auth0);
