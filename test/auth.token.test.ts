@@ -1,21 +1,14 @@
-/** The token matrix: which access tokens open the door, and what the others are told. */
+/** Which access tokens are accepted, and how the others are refused. */
 import assert from "node:assert/strict";
 import { createHmac, createPublicKey } from "node:crypto";
-import { after, before, test } from "node:test";
+import { after, test } from "node:test";
 import { CompactEncrypt, exportJWK, generateKeyPair, UnsecuredJWT } from "jose";
 import { post, startServer } from "./support/server.ts";
-import type { RunningServer } from "./support/server.ts";
 import { configuredTenant, startTenant } from "./support/tenant.ts";
-import type { Tenant } from "./support/tenant.ts";
 
-let tenant: Tenant;
-let server: RunningServer;
-
-before(async () => {
-  tenant = await startTenant();
-  server = await startServer({ AUTH0_DOMAIN: tenant.origin });
-  Object.assign(tenant.settings, configuredTenant("permissive", server.url));
-});
+const tenant = await startTenant();
+const server = await startServer({ AUTH0_DOMAIN: tenant.origin });
+Object.assign(tenant.settings, configuredTenant("permissive", server.url));
 
 after(async () => {
   await server.close();
@@ -29,7 +22,7 @@ async function assertAccepted(token: string) {
   assert.equal(reply.status, 200, await reply.text());
 }
 
-/** Refused, with a challenge that a client can parse and a description that says this; never quoting the token. */
+/** Asserts a 401 whose challenge a client can parse, with this description, and without any part of the token. */
 async function assertRefused(token: string, says: RegExp) {
   const reply = await send(token);
   const body = await reply.text();
@@ -56,23 +49,23 @@ test("both of Auth0's token profiles are accepted", async () => {
   await assertAccepted(await tenant.sign(rfc9068, { header: { typ: "application/at+jwt" } }));
 });
 
-test("the audience may stand in an array beside Auth0's userinfo", async () => {
+test("a token's audience may be an array that holds Auth0's userinfo, too", async () => {
   await assertAccepted(await tenant.sign({ aud: [server.url, `${tenant.issuer}userinfo`] }));
 });
 
-test("a few seconds between the clocks do no harm", async () => {
+test("a few seconds between Auth0's clock and the server's are tolerated", async () => {
   await assertAccepted(await tenant.sign({ exp: seconds() - 2 }));
   await assertAccepted(await tenant.sign({ nbf: seconds() + 2 }));
 });
 
-test("an encrypted token is told to set the Default Audience", async () => {
+test("the refusal of an encrypted token says to set the Default Audience", async () => {
   const token = await new CompactEncrypt(new TextEncoder().encode("{}"))
     .setProtectedHeader({ alg: "dir", enc: "A256GCM", iss: tenant.issuer }).encrypt(new Uint8Array(32));
   assert.equal(token.split(".").length, 5);
   await assertRefused(token, /encrypted.*5 parts.*Default Audience, README Step 2/);
 });
 
-test("an opaque token is told to set the Default Audience", async () => {
+test("the refusal of an opaque token says to set the Default Audience", async () => {
   await assertRefused("Zb1FJc9e8yQsk4wUQxsQ4kDRsGbzTfVx", /opaque.*Default Audience, README Step 2/);
 });
 
@@ -94,7 +87,7 @@ test("no algorithm but RS256 is accepted, however the token is signed", async ()
   }
 });
 
-test("the public key is not taken for an HMAC secret", async () => {
+test("the public key is not accepted as an HMAC secret", async () => {
   const { keys: [jwk] } = await (await fetch(`${tenant.issuer}.well-known/jwks.json`)).json();
   const pem = createPublicKey({ key: jwk, format: "jwk" }).export({ type: "spki", format: "pem" });
   const [, payload] = (await tenant.sign()).split(".");
@@ -103,7 +96,7 @@ test("the public key is not taken for an HMAC secret", async () => {
   await assertRefused(`${header}.${payload}.${signature}`, /RS256/);
 });
 
-test("a key that the token brings along is not used, and no address in it is asked", async () => {
+test("a key in the token's header is not used, and no URL in it is fetched", async () => {
   const { privateKey, publicKey } = await generateKeyPair("RS256");
   const jwk = { ...await exportJWK(publicKey), kid: "mine", alg: "RS256" };
   const requests = tenant.jwksRequests;
@@ -123,19 +116,15 @@ test("a token that was altered is refused", async () => {
   await assertRefused(`${header}.${altered}.${signature}`, /signature/);
 });
 
-test("a critical header that nobody here understands is refused", async () => {
+test("a token with an unknown critical header is refused", async () => {
   const [header = "", payload, signature] = (await tenant.sign()).split(".");
-  const critical = {
-    ...JSON.parse(Buffer.from(header, "base64url").toString()),
-    crit: ["tenant"],
-    tenant: "mine",
-  };
+  const critical = { ...JSON.parse(Buffer.from(header, "base64url").toString()), crit: ["tenant"], tenant: "mine" };
   const altered = Buffer.from(JSON.stringify(critical)).toString("base64url");
-  // The header is looked at before the signature, which would be wrong as well.
+  // The header is checked before the signature, which is wrong as well.
   await assertRefused(`${altered}.${payload}.${signature}`, /malformed/);
 });
 
-test("an issuer must match to the last slash", async () => {
+test("a token's issuer must match to the last slash", async () => {
   const withoutSlash = tenant.issuer.slice(0, -1);
   await assertRefused(
     await tenant.sign({ iss: withoutSlash }),
@@ -145,7 +134,7 @@ test("an issuer must match to the last slash", async () => {
   await assertRefused(await tenant.sign({ iss: undefined }), /issuer \(none\), expected/);
 });
 
-test("a token for another API is shown what the audience should be", async () => {
+test("the refusal of a token for another API names the expected audience", async () => {
   const expected = new RegExp(`expected ${server.url}.*README Step 1`);
   await assertRefused(await tenant.sign({ aud: "https://other.example/mcp" }), expected);
   await assertRefused(await tenant.sign({ aud: `${server.url}/` }), expected);
@@ -153,12 +142,12 @@ test("a token for another API is shown what the audience should be", async () =>
   await assertRefused(await tenant.sign({ aud: undefined }), expected);
 });
 
-test("a token for Auth0's userinfo alone is told to set the Default Audience", async () => {
+test("the refusal of a token for Auth0's userinfo alone says to set the Default Audience", async () => {
   await assertRefused(await tenant.sign({ aud: `${tenant.issuer}userinfo` }), /userinfo.*README Step 2/);
   await assertRefused(await tenant.sign({ aud: [`${tenant.issuer}userinfo`] }), /userinfo.*README Step 2/);
 });
 
-test("who sends an ID token is told to send the access token", async () => {
+test("an ID token is refused with the advice to send the access token", async () => {
   await assertRefused(
     await tenant.sign({ aud: "aBcDeFgHiJkL", scope: undefined, nonce: "n" }),
     /send the access token/,
@@ -171,14 +160,26 @@ test("a token must expire, and must not have expired", async () => {
   await assertRefused(await tenant.sign({ exp: "tomorrow" }), /exp/);
 });
 
-test("a token of the future is refused", async () => {
+test("a token that is not valid yet is refused", async () => {
   await assertRefused(await tenant.sign({ nbf: seconds() + 60 }), /not valid yet/);
 });
 
-test("a token without a subject is refused", async () => {
-  for (const sub of [undefined, "", 7, ["auth0|alice"]]) {
+test("a token without a usable subject is refused", async () => {
+  for (const sub of [undefined, "", 7, ["auth0|alice"], "auth0|\ud800", "auth0|a\0b"]) {
     await assertRefused(await tenant.sign({ sub }), /sub/);
   }
+});
+
+test("a claim that is quoted in a challenge cannot break its syntax", async () => {
+  await assertRefused(await tenant.sign({ iss: "https://caf\u00e9.example/" }), /issuer https:\/\/caf\?\.example\/,/);
+  await assertRefused(await tenant.sign({ iss: '", scope="\\\n\u2603' }), /issuer ', scope=''\?\?, expected/);
+});
+
+test("the profile takes only text from the token's claims, under their own name or a namespace", async () => {
+  const claims = { name: 7, nickname: ["a"], "https://example.com/email": "half \ud83d", "x/name": "Mallory" };
+  const reply = await post(server.url, await tenant.sign(claims), "tools/call", { name: "get_profile" });
+  const { result } = await reply.json();
+  assert.deepEqual(result.structuredContent, { id: "auth0|alice", email: "half \ufffd" });
 });
 
 test("another kind of JWT from the same keys is refused", async () => {

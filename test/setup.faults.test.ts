@@ -1,11 +1,11 @@
-/** `npm run setup` when Auth0 fails, refuses or limits, and when the tenant has something there already. */
+/** `npm run setup` where Auth0 fails, refuses or limits requests, and where the tenant has settings already. */
 import assert from "node:assert/strict";
 import { after, describe, test } from "node:test";
+import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL } from "./run/setup/report.ts";
 import { publishClientMetadata } from "./support/chatgpt.ts";
-import { ACTION_CODE, MANAGEMENT_SCOPES } from "./support/management.ts";
+import { MANAGEMENT_SCOPES } from "./support/management.ts";
 import { freePort } from "./support/server.ts";
-import { APPLY, left, recordRequests, reset, runSetup, SERVER_URL, TOKEN } from "./run/setup/report.ts";
-import { configuredTenant, startTenant } from "./support/tenant.ts";
+import { ACTION_CODE, type Api, configuredTenant, startTenant } from "./support/tenant.ts";
 
 const tenant = await startTenant();
 const clientDocuments = await publishClientMetadata();
@@ -16,375 +16,397 @@ after(async () => {
 
 const REGISTER = { way: "register" };
 const isWrite = (request: string) => !request.startsWith("GET ");
+const show = (env: Record<string, string> = {}) => runSetup(tenant, REGISTER, { env });
+const apply = (options = {}) => runSetup(tenant, { ...REGISTER, ...APPLY, ...options });
 
-describe("After a failure in the middle the next run goes on", () => {
-  /** The request that fails: before Auth0 does what it asks, or after, so that only the answer is lost. */
-  async function failAt(
-    number: number,
-    isDone: boolean,
-    options: { way: string; document?: string },
-  ): Promise<boolean> {
-    let writes = 0;
-    tenant.beforeManagement = async (request, answer) => {
-      if (!isWrite(request) || ++writes !== number) return await answer();
-      if (isDone) await answer();
-      return new Response("<html>Bad Gateway</html>", {
-        status: 502,
-        headers: { "content-type": "text/html" },
-      });
-    };
-    const failed = await runSetup(tenant, { ...options, ...APPLY });
-    tenant.beforeManagement = (_, answer) => answer();
-    if (failed.status === 0) return false; // there was no such request any more
-    assert.match(failed.output, /\n(POST|PATCH) \S+: 502, and not in Auth0's words\. .*$/);
-    const { status, output } = await runSetup(tenant, { ...options, ...APPLY });
-    assert.equal(status, 0, output);
-    return true;
-  }
-
-  for (const [kind, way, requests] of [["permissive", "register", 7], ["strict", "cimd", 7]] as const) {
-    for (const isDone of [false, true]) {
-      test(`${way} on a ${kind} tenant, ${isDone ? "when each answer is lost" : "when each request is refused"}`, async () => {
-        const options = { way, ...(way === "cimd" && { document: clientDocuments.url() }) };
-        let failures = 0;
-        do {
-          reset(tenant, { kind });
-        } while (await failAt(++failures, isDone, options));
-        assert.equal(failures - 1, requests);
-        assert.equal(tenant.settings.apis.length, 1);
-        assert.equal(tenant.settings.applications.length, way === "cimd" ? 1 : 0);
-        assert.equal(tenant.settings.flow?.length ?? 0, way === "cimd" ? 0 : 1);
-      });
-    }
-  }
-});
-
-describe("Auth0's errors are one line", () => {
-  test("without a token: how to get one", async () => {
-    reset(tenant);
-    const { status, output } = await runSetup(tenant, {}, { env: { AUTH0_MANAGEMENT_TOKEN: "" } });
-    assert.equal(status, 1);
-    assert.match(output, /^AUTH0_MANAGEMENT_TOKEN is missing: copy it from Auth0 Dashboard → .* API Explorer.*$/);
-  });
-
-  test("a token that Auth0 refuses", async () => {
-    reset(tenant);
-    const { status, output } = await runSetup(tenant, {}, { env: { AUTH0_MANAGEMENT_TOKEN: "another" } });
-    assert.equal(status, 1);
-    assert.equal(output, "Auth0 refuses AUTH0_MANAGEMENT_TOKEN: Invalid token. Copy a new one, as --help says");
-  });
-
-  test("a scope that the token lacks is named, whichever it is", async () => {
-    const unnamed = [];
-    for (const scope of MANAGEMENT_SCOPES) {
-      const managementTokens = { [TOKEN]: MANAGEMENT_SCOPES.filter((one) => one !== scope) };
-      const outputs = [];
-      for (const options of [{ way: "register" }, { way: "cimd", document: clientDocuments.url() }]) {
-        reset(tenant, { kind: options.way === "cimd" ? "strict" : "permissive", managementTokens });
-        // What an API has, so that there is something to change of it, too.
-        if (scope === "update:resource_servers") {
-          tenant.settings.apis = configuredTenant("strict", SERVER_URL, "cimd", "offline-access").apis;
-        }
-        const { output } = await runSetup(tenant, { ...options, ...APPLY });
-        outputs.push(output);
+for (const [kind, way] of [["permissive", "register"], ["strict", "cimd"]] as const) {
+  for (const isDone of [false, true]) {
+    test(`setup for ${way} completes on a rerun after any ${isDone ? "lost answer" : "failed change"}`, async () => {
+      const options = { way, ...(way === "cimd" && { document: clientDocuments.url() }) };
+      for (let failing = 1; failing <= 7; failing++) {
+        reset(tenant, { kind });
+        let writes = 0;
+        tenant.beforeManagement = async (request, answer) => {
+          if (!isWrite(request) || ++writes !== failing) return await answer();
+          if (isDone) await answer();
+          return new Response("<html>Bad Gateway</html>", { status: 502, headers: { "content-type": "text/html" } });
+        };
+        const failed = await apply(options);
+        assert.match(failed.output, /\n(POST|PATCH) \S+: 502, and not in Auth0's words\. .*$/);
+        const { status, output } = await apply(options);
+        assert.deepEqual([status, writes], [0, isDone ? 7 : 8], output);
       }
-      const line = new RegExp(`^\\w+ \\S+: AUTH0_MANAGEMENT_TOKEN lacks a scope: .*${scope}`, "m");
-      if (!outputs.some((output) => line.test(output))) unnamed.push(scope);
-    }
-    assert.deepEqual(unnamed, []);
-  });
+      assert.equal(tenant.settings.apis.length, 1);
+      assert.equal(tenant.settings.applications.length, way === "cimd" ? 1 : 0);
+      assert.equal(tenant.settings.flow?.length ?? 0, way === "cimd" ? 0 : 1);
+    });
+  }
+}
 
-  test("a document that is refused: the other ways", async () => {
-    reset(tenant, { kind: "strict" });
-    const document = clientDocuments.url().replace("/oauth/client.json", "/none/oauth/client.json");
-    tenant.settings.applicationLimit = 0;
-    const { status, output } = await runSetup(tenant, { document, ...APPLY });
-    assert.equal(status, 1);
-    assert.match(
-      output,
-      /\nPOST clients\/cimd\/register: 403: You reached the limit .* take --way register or --way fixed$/,
-    );
-  });
-
-  test("a tenant that cannot be reached", async () => {
-    const origin = `http://localhost:${await freePort()}`;
-    const { status, output } = await runSetup(tenant, {}, { env: { AUTH0_DOMAIN: origin } });
-    assert.equal(status, 1);
-    assert.match(output, new RegExp(`^${origin} cannot be reached: [^\n]+$`));
-  });
-
-  test("an answer that is not Auth0's, or not as expected", async () => {
-    reset(tenant);
-    tenant.beforeManagement = () => Promise.resolve(new Response("<html>It works!</html>"));
-    assert.match((await runSetup(tenant)).output, /^GET tenants\/settings: 200, and not in Auth0's words\. [^\n]+$/);
-    tenant.beforeManagement = () => Promise.resolve(Response.json({ default_audience: 1 }));
-    assert.match((await runSetup(tenant)).output, /^GET tenants\/settings: an answer that is not expected\. [^\n]+$/);
-  });
-
-  test("a change that Auth0 takes and does not make", async () => {
-    reset(tenant);
-    tenant.beforeManagement = (request, answer) => isWrite(request) ? Promise.resolve(Response.json({})) : answer();
-    const { status, output } = await runSetup(tenant, { ...REGISTER, ...APPLY });
-    assert.equal(status, 1);
-    assert.match(output, /\nAPI: Auth0 took the change, and still says none with this Identifier$/);
-  });
-
-  test("--way and --document that cannot be", async () => {
-    reset(tenant);
-    assert.equal((await runSetup(tenant, { way: "dcr" })).output, "--way must be one of cimd, register, fixed");
-    assert.equal((await runSetup(tenant, { document: "client.json" })).output, "--document must be a URL");
-  });
+test("without a token, setup says how to get one", async () => {
+  const { status, output } = await show({ AUTH0_MANAGEMENT_TOKEN: "" });
+  assert.equal(status, 1);
+  assert.match(output, /^AUTH0_MANAGEMENT_TOKEN is missing: copy it from Auth0 Dashboard → .* API Explorer.*$/);
 });
 
-describe("A limited rate is waited for", () => {
-  const limit = (times: number, headers: Record<string, string>) => {
-    let left = times;
-    tenant.beforeManagement = (_, answer) => {
-      if (left-- <= 0) return answer();
-      const body = { statusCode: 429, error: "Too Many Requests", message: "Global limit has been reached" };
-      return Promise.resolve(Response.json(body, { status: 429, headers }));
-    };
-  };
+test("setup says to copy a new token where Auth0 refuses the one it is given", async () => {
+  const { status, output } = await show({ AUTH0_MANAGEMENT_TOKEN: await tenant.signManagementToken({ exp: 1 }) });
+  assert.equal(status, 1);
+  assert.equal(output, "Auth0 refuses AUTH0_MANAGEMENT_TOKEN: Invalid token. Copy a new one, as --help says");
+});
 
-  test("as long as Auth0 says, in seconds or as a point in time", async () => {
-    reset(tenant);
-    limit(2, { "retry-after": "3" });
-    assert.deepEqual((await runSetup(tenant, REGISTER)).waited, [3, 3]);
-    limit(1, { "x-ratelimit-reset": String(Math.floor(Date.now() / 1_000) + 7) });
-    const { waited: [seconds = 0], output } = await runSetup(tenant, REGISTER);
+test("setup names the scope that the token lacks, whichever it is", async () => {
+  const unnamed = [];
+  for (const lacking of MANAGEMENT_SCOPES) {
+    const scope = MANAGEMENT_SCOPES.filter((one) => one !== lacking).join(" ");
+    const env = { AUTH0_MANAGEMENT_TOKEN: await tenant.signManagementToken({ scope }) };
+    const line = new RegExp(`^\\w+ \\S+: AUTH0_MANAGEMENT_TOKEN lacks a scope: .*${lacking}`, "m");
+    let isNamed = false;
+    for (const [kind, way] of [["permissive", "register"], ["strict", "cimd"]] as const) {
+      reset(tenant, { kind });
+      // An API that exists, so that setup has to change it.
+      if (lacking === "update:resource_servers") {
+        tenant.settings.apis = configuredTenant("strict", SERVER_URL, "cimd", "offline-access").apis;
+      }
+      const { output } = await runSetup(tenant, { way, document: clientDocuments.url(), ...APPLY }, { env });
+      isNamed ||= line.test(output);
+    }
+    if (!isNamed) unnamed.push(lacking);
+  }
+  assert.deepEqual(unnamed, []);
+});
+
+test("setup suggests the other ways where Auth0 refuses ChatGPT's document", async () => {
+  reset(tenant, { kind: "strict", applicationLimit: 0 });
+  const { status, output } = await apply({ way: "cimd", document: clientDocuments.url() });
+  assert.equal(status, 1);
+  assert.match(output, /\nPOST clients\/cimd\/register: 403: You reached .* take --way register or --way fixed$/);
+});
+
+test("setup names a tenant that it cannot reach", async () => {
+  const origin = `http://localhost:${await freePort()}`;
+  const token = await tenant.signManagementToken({ aud: `${origin}/api/v2/` });
+  const { status, output } = await show({ AUTH0_DOMAIN: origin, AUTH0_MANAGEMENT_TOKEN: token });
+  assert.equal(status, 1);
+  assert.match(output, new RegExp(`^${origin} cannot be reached: [^\n]+$`));
+});
+
+test("setup names the request whose answer is not Auth0's, or not as expected", async () => {
+  reset(tenant);
+  tenant.beforeManagement = () => Promise.resolve(new Response("<html>It works!</html>"));
+  assert.match((await show()).output, /^GET tenants\/settings: 200, and not in Auth0's words\. [^\n]+$/);
+  tenant.beforeManagement = () => Promise.resolve(Response.json({ default_audience: 1 }));
+  assert.match((await show()).output, /^GET tenants\/settings: an answer that is not expected\. [^\n]+$/);
+});
+
+test("setup stops where Auth0 accepts a change and does not make it", async () => {
+  reset(tenant);
+  tenant.beforeManagement = (request, answer) => isWrite(request) ? Promise.resolve(Response.json({})) : answer();
+  const { status, output } = await apply();
+  assert.equal(status, 1);
+  assert.match(output, /\nAPI: Auth0 took the change, and still says none with this Identifier$/);
+});
+
+describe("Auth0's rate limit", () => {
+  /** Answers some requests with 429. */
+  function refuse(isRefused: (request: string) => boolean, headers: Record<string, string> = {}): void {
+    const answerNext = tenant.beforeManagement;
+    const body = { statusCode: 429, error: "Too Many Requests", message: "Global limit has been reached" };
+    tenant.beforeManagement = (request, answer) =>
+      isRefused(request) ? Promise.resolve(Response.json(body, { status: 429, headers })) : answerNext(request, answer);
+  }
+
+  test("setup waits after a 429 as long as Auth0 says, in seconds or as a point in time", async () => {
+    const showAfterRefusal = (headers: Record<string, string>) => {
+      let left = 1;
+      reset(tenant);
+      refuse(() => left-- > 0, headers);
+      return show();
+    };
+    assert.deepEqual((await showAfterRefusal({ "retry-after": "3" })).waited, [3]);
+    const reset7 = { "x-ratelimit-reset": String(Math.floor(Date.now() / 1_000) + 7) };
+    const { waited: [seconds = 0], output } = await showAfterRefusal(reset7);
     assert.ok(seconds > 0 && seconds <= 7, `${seconds}`);
     assert.match(output, /^Auth0 limits the rate: going on in \d s\n/);
   });
 
-  test("while nothing is done twice", async () => {
+  test("setup repeats no change after a 429, and keeps an Action added to the flow while it waits", async () => {
     reset(tenant);
     const requests = recordRequests(tenant);
-    const record = tenant.beforeManagement;
-    let turn = 0;
-    tenant.beforeManagement = (request, answer) =>
-      ++turn % 2 ? Promise.resolve(Response.json({ message: "Too many" }, { status: 429 })) : record(request, answer);
-    assert.equal((await runSetup(tenant, { ...REGISTER, ...APPLY })).status, 0);
+    const refused = new Set<string>();
+    refuse((request) => {
+      if (refused.has(request)) return false;
+      refused.add(request);
+      if (request.startsWith("PATCH actions")) {
+        tenant.settings.actions?.push({ id: "act_1", name: "Other", code: "", deployed_version: { code: "" } });
+        tenant.settings.flow = [{ id: "bnd_1", action: { id: "act_1" }, display_name: "Other" }];
+      }
+      return true;
+    });
+    const { status, output } = await apply();
+    assert.equal(status, 0, output);
     assert.equal(requests.filter(isWrite).length, 7);
+    assert.deepEqual(tenant.settings.flow?.map((binding) => binding.display_name), ["Other", "Add Scopes for ChatGPT"]);
   });
 
-  test("but not for ever", async () => {
-    reset(tenant);
-    limit(Infinity, {});
-    const { status, output, waited } = await runSetup(tenant, REGISTER);
-    assert.deepEqual([status, waited], [1, [1, 1, 1, 1, 1]]);
-    assert.match(output, /\nGET tenants\/settings: 429: Global limit has been reached$/);
-  });
-});
-
-describe("The token is never printed", () => {
-  test("whoever quotes it, and terminal codes are not either", async () => {
-    reset(tenant);
-    tenant.settings.connections = [{ name: `\u001b[2J${TOKEN}`, domainLevel: true }];
-    const { output } = await runSetup(tenant, REGISTER);
-    assert.match(output, /connection at domain level: \?\[2J\(hidden\)$/m);
-    assert.ok(!output.includes(TOKEN));
-  });
-
-  test("when it cannot be one", async () => {
-    reset(tenant);
-    const { status, output } = await runSetup(tenant, {}, { env: { AUTH0_MANAGEMENT_TOKEN: "two\nlines" } });
-    assert.equal(status, 1);
-    assert.equal(output, "AUTH0_MANAGEMENT_TOKEN is not a token: copy it whole, and nothing else");
-  });
-});
-
-test("a custom domain will do, though the tenant has another", async () => {
-  reset(tenant, { kind: "strict" });
-  const env = { AUTH0_DOMAIN: tenant.origin.replace("localhost", "127.0.0.1") };
-  assert.equal((await runSetup(tenant, { ...REGISTER, ...APPLY }, { env })).status, 0);
-  assert.deepEqual(left(await runSetup(tenant, REGISTER)), []);
-});
-
-describe("What is there already is not overwritten, but said, with the choice", () => {
-  const cases: Record<string, { change: () => void; line: string; said: RegExp }> = {
-    "a Default Audience of another API": {
-      change: () => tenant.settings.defaultAudience = "https://other.example.com/",
-      line: "by hand: 2 Default Audience",
-      said: /https:\/\/other\.example\.com\/, on which other applications may depend Take a tenant of its own/,
-    },
-    "an Action of the same name with other code": {
-      change: () => {
-        const name = "Add Scopes for ChatGPT";
-        tenant.settings.actions = [{ id: "act_1", name, code: "other", deployedCode: "other" }];
-        tenant.settings.flow = [];
-      },
-      line: "by hand: 4 Action",
-      said: /with other code than auth0-action\.js Compare the two under Actions → Library/,
-    },
-    "Default Permissions with other scopes": {
-      change: () =>
-        tenant.settings.apis.forEach((api) => api.defaultPermissionsForThirdPartyApplications = ["tasks:read"]),
-      line: "by hand: 1 Default Permissions",
-      said: /tasks:read, where tasks:read tasks:write is needed .* take another MCP_SERVER_URL/,
-    },
-    "an API that signs with HS256": {
-      change: () => tenant.settings.apis.forEach((api) => api.signingAlgorithm = "HS256"),
-      line: "by hand: 1 API",
-      said: /it signs with HS256, and the server takes RS256 alone .* take another MCP_SERVER_URL/,
-    },
-    "an API that encrypts its tokens": {
-      change: () => tenant.settings.apis.forEach((api) => api.encryptsTokens = true),
-      line: "by hand: 1 API",
-      said: /it encrypts its tokens \(JWE\)/,
-    },
-    "an API that no application may call for a user": {
-      change: () => tenant.settings.apis.forEach((api) => api.userAccessPolicy = "deny_all"),
-      line: "by hand: 1 API",
-      said: /lets no application call it on behalf of a user/,
-    },
-  };
-  for (const [name, { change, line, said }] of Object.entries(cases)) {
-    test(name, async () => {
-      const kind = line.includes("Default Permissions") ? "strict" : "permissive";
-      reset(tenant, configuredTenant(kind, SERVER_URL));
-      if (line.includes("Action")) tenant.settings.postLoginAction = false;
-      change();
-      const before = structuredClone(tenant.settings);
-      const report = await runSetup(tenant, { ...REGISTER, ...APPLY });
-      assert.equal(report.status, 1);
-      assert.deepEqual(left(report), [line]);
-      assert.match(report.lines.find(({ mark }) => mark === "by hand")?.said ?? "", said);
-      assert.deepEqual(tenant.settings, before);
-    });
-  }
-
-  test("what comes before it is done, what comes after it waits", async () => {
-    reset(tenant, { kind: "permissive", defaultAudience: "https://other.example.com/" });
-    const { status, output } = await runSetup(tenant, { ...REGISTER, ...APPLY });
-    assert.equal(status, 1);
-    assert.match(output, /Stopped at what is by hand: Step 2, Default Audience\. Run this again when it is done\.$/);
-    assert.equal(tenant.settings.apis.length, 1);
-    assert.equal(tenant.settings.defaultAudience, "https://other.example.com/");
-    assert.equal(tenant.settings.connections[0]?.domainLevel, false);
-  });
-
-  test("what is there when the person says yes counts, not what was shown before", async () => {
-    reset(tenant, configuredTenant("permissive", SERVER_URL, "register", "default-audience"));
-    const ask = () => {
-      tenant.settings.defaultAudience = "https://other.example.com/";
-      return Promise.resolve(true);
-    };
-    const { status } = await runSetup(tenant, { ...REGISTER, apply: true }, { ask });
-    assert.equal(status, 1);
-    assert.equal(tenant.settings.defaultAudience, "https://other.example.com/");
-  });
-
-  test("permissions of the API stay beside those that are added", async () => {
-    reset(tenant, configuredTenant("permissive", SERVER_URL));
-    tenant.settings.apis.forEach((api) => api.permissions = ["notes:read", "tasks:read"]);
-    assert.equal((await runSetup(tenant, { ...REGISTER, ...APPLY })).status, 0);
-    assert.deepEqual(tenant.settings.apis[0]?.permissions, ["notes:read", "tasks:read", "tasks:write"]);
-  });
-
-  for (const defaultAudience of ["", "https://other.example.com/"]) {
-    test(`the Resource Parameter Compatibility Profile does for the Default Audience "${defaultAudience}"`, async () => {
-      reset(tenant, configuredTenant("permissive", SERVER_URL));
-      Object.assign(tenant.settings, { defaultAudience, resourceParameterCompatibilityProfile: true });
-      const { status, output } = await runSetup(tenant, REGISTER);
-      assert.equal(status, 0, output);
-      assert.match(output, /Default Audience: \S+, but the Resource Parameter Compatibility Profile is on/);
+  for (const [kind, isRefused] of Object.entries({ read: () => true, write: isWrite })) {
+    test(`setup gives up on a ${kind} that is answered 429 six times`, async () => {
+      reset(tenant);
+      refuse(isRefused);
+      const { status, output, waited } = await apply();
+      assert.deepEqual([status, waited], [1, [1, 1, 1, 1, 1]]);
+      assert.match(output, /\n(GET tenants\/settings|POST resource-servers): 429: Global limit has been reached$/);
     });
   }
 });
 
-describe("The Action", () => {
-  const others = Array.from({ length: 70 }, (_, number) => ({
-    action: { id: `act_${number}`, name: `Other ${number}`, code: "other", deployedCode: "other" },
-    binding: { id: `bnd_${number}`, actionId: `act_${number}`, displayName: `Other ${number}` },
-  }));
+test("setup prints neither the token nor control characters, even if a name in the tenant holds them", async () => {
+  const token = await tenant.signManagementToken();
+  reset(tenant, { connections: [{ name: `\u001b[2J${token}`, domainLevel: true }] });
+  const { output } = await show({ AUTH0_MANAGEMENT_TOKEN: token });
+  assert.match(output, /connection at domain level: \?\[2J\(hidden\)$/m);
+  assert.ok(!output.includes(token));
+});
 
-  test("comes last in the flow, and the others stay in their order, on whatever page they stand", async () => {
-    reset(tenant, { ...configuredTenant("permissive", SERVER_URL), postLoginAction: false });
-    tenant.settings.actions = others.map(({ action }) => action);
-    tenant.settings.flow = others.map(({ binding }) => binding);
-    assert.equal((await runSetup(tenant, { ...REGISTER, ...APPLY })).status, 0);
-    const names = tenant.settings.flow?.map(({ displayName }) => displayName);
-    assert.deepEqual(names, [...others.map(({ action }) => action.name), "Add Scopes for ChatGPT"]);
-    assert.deepEqual(tenant.settings.flow?.slice(0, 70), others.map(({ binding }) => binding));
-    assert.equal(tenant.settings.postLoginAction, true);
-  });
+test("setup does not print an AUTH0_MANAGEMENT_TOKEN that is no token", async () => {
+  for (const token of ["two\nlines", "one.two.three", "head\n.eyJhdWQiOiJhIn0.signature"]) {
+    const { status, output } = await show({ AUTH0_MANAGEMENT_TOKEN: token });
+    assert.equal(status, 1);
+    assert.equal(
+      output,
+      "AUTH0_MANAGEMENT_TOKEN is not a token: copy it whole from the API Explorer, and nothing else",
+    );
+  }
+});
 
-  const ours = { id: "act_ours", name: "ChatGPT scopes", code: ACTION_CODE.replaceAll("\n", "\r\n") };
-  const states = {
-    "pasted by hand and not deployed": [[ours], []],
-    "deployed and not in the flow": [[{ ...ours, deployedCode: ACTION_CODE }], []],
-    "in the flow with an older code": [
-      [{ ...ours, deployedCode: "older" }],
-      [{ id: "bnd_ours", actionId: ours.id, displayName: "ours" }],
+test("setup refuses a token for another API", async () => {
+  const env = { AUTH0_MANAGEMENT_TOKEN: await tenant.signManagementToken({ aud: SERVER_URL }) };
+  const { status, output } = await show(env);
+  assert.equal(status, 1);
+  assert.match(output, new RegExp(`^AUTH0_MANAGEMENT_TOKEN is for ${SERVER_URL}, not for Auth0's Management API: `));
+});
+
+test("setup does not send the token to a custom domain, but to the tenant that issued it", async (t) => {
+  reset(tenant, configuredTenant("strict", SERVER_URL));
+  const customDomain = await startTenant(); // publishes the same keys
+  t.after(() => customDomain.close());
+  const requests = recordRequests(customDomain);
+  assert.equal((await show({ AUTH0_DOMAIN: customDomain.origin })).status, 0);
+  assert.deepEqual(requests, []);
+});
+
+test("setup sends the token nowhere where AUTH0_DOMAIN is another tenant, or no tenant at all", async (t) => {
+  reset(tenant);
+  const other = await startTenant();
+  t.after(() => other.close());
+  await other.rotateKeys({ withdraw: true });
+  const requests = [recordRequests(tenant), recordRequests(other)];
+  for (const url of [other.origin, `http://localhost:${await freePort()}`, clientDocuments.url()]) {
+    const { origin, host } = new URL(url);
+    const { status, output } = await show({ AUTH0_DOMAIN: origin });
+    assert.equal(status, 1);
+    const both = `AUTH0_DOMAIN is ${host} and AUTH0_MANAGEMENT_TOKEN is for ${new URL(tenant.origin).host}, `;
+    assert.ok(output.startsWith(both) && !output.includes("\n"), output);
+  }
+  assert.deepEqual(requests, [[], []]);
+});
+
+/** auth0-action.js, with the line in force that limits it to one API. */
+function limitedTo(identifier: string): string {
+  return ACTION_CODE.replace(/^ *\/\/ (if \(event\.resource_server.*)"https:.*"(.*)$/m, `  $1"${identifier}"$2`);
+}
+
+/** Deploys an Action with this code, as the only one of the post-login flow. */
+function setAction(code: string, name = "Add Scopes for ChatGPT"): void {
+  tenant.settings.actions = [{ id: "act_1", name, code, deployed_version: { code } }];
+  tenant.settings.flow = [{ id: "bnd_1", action: { id: "act_1" }, display_name: name }];
+}
+
+describe("Settings that are there already", () => {
+  const OTHER = "https://other.example.com/mcp";
+  const { settings } = tenant;
+  const api = (change: Partial<Api>) => () => settings.apis.forEach((one) => Object.assign(one, change));
+  const cases: Record<string, [change: () => void, line: string, said: RegExp]> = {
+    "a Default Audience of another API": [
+      () => settings.defaultAudience = OTHER,
+      "2 audience",
+      /Default Audience is https:\/\/other\.example\.com\/mcp, on which other applications may depend Take a tenant/,
     ],
-  } as const;
-  for (const [name, [actions, flow]] of Object.entries(states)) {
-    test(`${name}, under whatever name, is taken up where it is`, async () => {
-      reset(tenant, { ...configuredTenant("permissive", SERVER_URL), postLoginAction: false });
-      tenant.settings.actions = actions.map((action) => ({ ...action }));
-      tenant.settings.flow = [...flow];
-      assert.deepEqual(left(await runSetup(tenant, REGISTER)), ["to do: 4 Action"]);
-      assert.equal((await runSetup(tenant, { ...REGISTER, ...APPLY })).status, 0);
-      assert.deepEqual(tenant.settings.actions?.map(({ id }) => id), [ours.id]);
-      assert.deepEqual(tenant.settings.flow?.map(({ actionId }) => actionId), [ours.id]);
+    "an Action of the same name with other code": [
+      () => setAction("other"),
+      "4 Action",
+      /is there, with other code than auth0-action\.js Look at it under Actions → Library/,
+    ],
+    "an Action of the same name that is limited to another API": [
+      () => setAction(limitedTo(OTHER)),
+      "4 Action",
+      /is there, limited to the API https:\/\/other\.example\.com\/mcp Look at it under Actions → Library/,
+    ],
+    "a grant of Default Permissions with other scopes": [
+      api({ defaultPermissionsForThirdPartyApplications: ["tasks:read"] }),
+      "1 Default Permissions",
+      /tasks:read, where tasks:read tasks:write is needed .* take another MCP_SERVER_URL/,
+    ],
+    "an API that signs with HS256": [
+      api({ signingAlgorithm: "HS256" }),
+      "1 API",
+      /it signs with HS256, and the server takes RS256 alone .* take another MCP_SERVER_URL/,
+    ],
+    "an API that encrypts its tokens": [api({ encryptsTokens: true }), "1 API", /it encrypts its tokens \(JWE\)/],
+    "an API that no application may call for a user": [
+      api({ userAccessPolicy: "deny_all" }),
+      "1 API",
+      /lets no application call it on behalf of a user/,
+    ],
+  };
+  for (const [name, [change, line, said]] of Object.entries(cases)) {
+    test(`setup does not overwrite ${name}, and says what a person can choose`, async () => {
+      reset(tenant, configuredTenant(line.includes("Default Permissions") ? "strict" : "permissive", SERVER_URL));
+      change();
+      const before = structuredClone(settings);
+      const report = await apply();
+      assert.deepEqual([report.status, left(report)], [1, [`by hand: ${line}`]]);
+      assert.match(report.output, /Nothing was changed: do the first one that is by hand, and run this again\.$/);
+      assert.match(report.lines.find(({ mark }) => mark === "by hand")?.said ?? "", said);
+      assert.deepEqual(settings, before);
     });
   }
 
-  test("that is never built is said", async () => {
-    reset(tenant, { ...configuredTenant("permissive", SERVER_URL), postLoginAction: false });
-    tenant.settings.actions = [{ ...ours, building: 100 }];
-    tenant.settings.flow = [];
-    const { status, output, waited } = await runSetup(tenant, { ...REGISTER, ...APPLY });
+  test("setup makes the settings before the first one that only a person can make, and none after it", async () => {
+    reset(tenant, { kind: "permissive", defaultAudience: OTHER });
+    const { status, output } = await apply();
     assert.equal(status, 1);
-    assert.match(output, /actions\/actions\/act_ours is not ready after half a minute/);
-    assert.equal(waited.length, 30);
+    assert.match(output, /Stopped at what is by hand: Step 2, audience\. Run this again when it is done\.$/);
+    assert.deepEqual([settings.apis.length, settings.connections[0]?.domainLevel], [1, false]);
+  });
+
+  test("setup reads the tenant again after the person says yes, and keeps what has changed since", async () => {
+    reset(tenant, configuredTenant("permissive", SERVER_URL, "register", "default-audience"));
+    const ask = () => Promise.resolve(Boolean(settings.defaultAudience = OTHER));
+    assert.equal((await runSetup(tenant, { ...REGISTER, apply: true }, { ask })).status, 1);
+    assert.equal(settings.resourceParameterCompatibilityProfile, false);
+  });
+
+  test("setup keeps the API's other permissions when it adds its own", async () => {
+    reset(tenant, configuredTenant("permissive", SERVER_URL));
+    settings.apis.forEach((api) => api.permissions = ["notes:read", "tasks:read"]);
+    assert.equal((await apply()).status, 0);
+    assert.deepEqual(settings.apis[0]?.permissions, ["notes:read", "tasks:read", "tasks:write"]);
   });
 });
 
-describe("Of several connections", () => {
-  const connections = Array.from(
-    { length: 120 },
-    (_, number) => ({ name: `Connection-${number}`, domainLevel: false }),
-  );
-  const several = () => {
-    reset(tenant, configuredTenant("strict", SERVER_URL));
-    tenant.settings.connections = connections.map((connection) => ({ ...connection }));
+test("setup makes the grant that a new API requires in the same run", async () => {
+  reset(tenant);
+  tenant.beforeManagement = async (request, answer) => {
+    const response = await answer();
+    if (request !== "POST resource-servers") return response;
+    tenant.settings.apis.forEach((api) => api.userAccessPolicy = "require_client_grant");
+    return response;
   };
-  const promoted = () => tenant.settings.connections.filter(({ domainLevel }) => domainLevel).map(({ name }) => name);
+  const { status, output } = await apply();
+  assert.equal(status, 0, output);
+  assert.match(output, /^done {5}Step 1 {3}Default Permissions: tasks:read tasks:write$/m);
+});
 
-  test("none is promoted without being named", async () => {
-    several();
-    const { status, lines } = await runSetup(tenant, { ...REGISTER, ...APPLY });
+describe("The post-login flow", () => {
+  const { settings } = tenant;
+  const ours = { id: "act_ours", name: "ChatGPT scopes", code: ACTION_CODE.replaceAll("\n", "\r\n") };
+  const withoutAction = () => reset(tenant, configuredTenant("permissive", SERVER_URL, "register", "action"));
+
+  test("setup adds the Action after all others of the flow, several pages of them, in their order", async () => {
+    withoutAction();
+    const others = Array.from({ length: 70 }, (_, number) => `Other ${number}`);
+    settings.actions = others.map((name) => ({ id: name, name, code: "other", deployed_version: { code: "other" } }));
+    settings.flow = others.map((name) => ({ id: `bnd_${name}`, action: { id: name }, display_name: name }));
+    const before = [...settings.flow];
+    assert.equal((await apply()).status, 0);
+    assert.deepEqual(settings.flow.slice(0, 70), before);
+    assert.deepEqual(settings.flow.slice(70).map((binding) => binding.display_name), ["Add Scopes for ChatGPT"]);
+    assert.equal(settings.postLoginAction, true);
+  });
+
+  const unfinished: Record<string, [deployedCode: string | undefined, isInFlow: boolean]> = {
+    "pasted by hand and not deployed": [undefined, false],
+    "deployed and not in the flow": [ACTION_CODE, false],
+    "in the flow with older code": ["older", true],
+  };
+  for (const [state, [deployedCode, isInFlow]] of Object.entries(unfinished)) {
+    test(`setup completes an Action of any name that is ${state}`, async () => {
+      withoutAction();
+      settings.actions = [{ ...ours, ...(deployedCode !== undefined && { deployed_version: { code: deployedCode } }) }];
+      settings.flow = isInFlow ? [{ id: "bnd_ours", action: { id: ours.id }, display_name: "ours" }] : [];
+      assert.deepEqual(left(await show()), ["to do: 4 Action"]);
+      assert.equal((await apply()).status, 0);
+      assert.deepEqual(settings.actions.map(({ id }) => id), [ours.id]);
+      assert.deepEqual(settings.flow.map(({ action }) => action.id), [ours.id]);
+    });
+  }
+
+  const pasted = {
+    "without the file's head comment, as the README shows it,": ACTION_CODE.replace(/^\/\*\*.*?\*\/\n/s, ""),
+    "with other comments, and blanks at line ends,": `// Ours\n\n${ACTION_CODE.replaceAll(";\n", '; // "\t\n')}`,
+    "with the line that limits it to this API": limitedTo(SERVER_URL),
+    "with the README's line for an e-mail in the profile": ACTION_CODE.replace(
+      "\n};",
+      '\n  api.accessToken.setCustomClaim("https://your-domain.com/email", event.user.email);\n};',
+    ),
+  };
+  for (const [name, code] of Object.entries(pasted)) {
+    test(`setup recognizes the Action ${name} and leaves it as it is`, async () => {
+      assert.notEqual(code, ACTION_CODE);
+      withoutAction();
+      setAction(code, "Of any name");
+      const report = await show();
+      assert.deepEqual([report.status, left(report)], [0, []], report.output);
+    });
+  }
+
+  test("setup stops after half a minute where Auth0 does not build the Action", async () => {
+    withoutAction();
+    settings.actions = [{ ...ours, building: 100 }];
+    const { status, output, waited } = await apply();
+    assert.deepEqual([status, waited.length], [1, 30]);
+    assert.match(output, /actions\/actions\/act_ours is not ready after half a minute/);
+  });
+});
+
+describe("Connections", () => {
+  const { settings } = tenant;
+  const promoted = () => settings.connections.filter(({ domainLevel }) => domainLevel).map(({ name }) => name);
+  const severalConnections = () => {
+    const names = Array.from({ length: 120 }, (_, number) => `Connection-${number}`);
+    reset(tenant, configuredTenant("strict", SERVER_URL));
+    settings.connections = names.map((name) => ({ name, domainLevel: false }));
+  };
+
+  test("setup promotes none of several connections unless one is named", async () => {
+    severalConnections();
+    const { status, output } = await apply();
     assert.equal(status, 1);
-    const { said = "" } = lines.find(({ mark }) => mark === "by hand") ?? {};
-    assert.match(said, /Choose one with --connection NAME: Connection-0, .*, Connection-119$/);
+    assert.match(output, /none\n +Choose one with --connection NAME: Connection-0, .*, Connection-119$/m);
     assert.deepEqual(promoted(), []);
   });
 
-  test("the named one is promoted, on whatever page it stands", async () => {
-    several();
-    const { status } = await runSetup(tenant, { ...REGISTER, ...APPLY, connection: "Connection-119" });
-    assert.equal(status, 0);
+  test("setup promotes the named one of several connections, on whatever page of Auth0's list it is", async () => {
+    severalConnections();
+    assert.equal((await apply({ connection: "Connection-119" })).status, 0);
     assert.deepEqual(promoted(), ["Connection-119"]);
   });
 
-  test("one that is promoted already will do, unless another is named", async () => {
-    several();
-    Object.assign(tenant.settings.connections[110] ?? {}, { domainLevel: true });
-    assert.equal((await runSetup(tenant, REGISTER)).status, 0);
-    assert.equal((await runSetup(tenant, { ...REGISTER, ...APPLY, connection: "Connection-3" })).status, 0);
+  test("setup accepts a connection that is promoted already, unless another is named", async () => {
+    severalConnections();
+    Object.assign(settings.connections[110] ?? {}, { domainLevel: true });
+    assert.equal((await show()).status, 0);
+    assert.equal((await apply({ connection: "Connection-3" })).status, 0);
     assert.deepEqual(promoted(), ["Connection-3", "Connection-110"]);
   });
 
-  test("an unknown one is said, and none at all as well", async () => {
-    several();
-    const unknown = await runSetup(tenant, { ...REGISTER, ...APPLY, connection: "Conection-3" });
-    assert.equal(unknown.status, 1);
-    assert.match(unknown.output, /none is called Conection-3\n +Choose one with --connection NAME: Connection-0/);
-    tenant.settings.connections = [];
-    assert.match(
-      (await runSetup(tenant, REGISTER)).output,
-      /none\n +Create one: Authentication → Database or Social$/m,
-    );
+  test("setup refuses an unknown connection, and lists the known ones or says where to create one", async () => {
+    severalConnections();
+    const { status, output } = await apply({ connection: "Conection-3" });
+    assert.equal(status, 1);
+    assert.match(output, /none is called Conection-3\n +Choose one with --connection NAME: Connection-0/);
+    settings.connections = [];
+    assert.match((await show()).output, /none\n +Create one: Authentication → Database or Social$/m);
   });
 });

@@ -2,10 +2,9 @@
  * `npm run dev`: the server and a stand-in tenant with its sign-in page, until Ctrl-C. For trying any MCP client on
  * this machine; needs no Auth0 account. Tasks are kept in memory.
  */
-import { parseArgs } from "node:util";
-import { isMain } from "./command.ts";
+import { oneOf, type Print, readOptions, runCommand } from "./command.ts";
 import { startServer } from "../support/server.ts";
-import { configuredTenant, startTenant } from "../support/tenant.ts";
+import { configuredTenant, startTenant, TENANT_KINDS } from "../support/tenant.ts";
 
 const HELP = `npm run dev
   Keeps the server and a stand-in for an Auth0 tenant running, for an MCP client on this machine. Ctrl-C ends both.
@@ -22,45 +21,41 @@ Environment
 /**
  * Starts both.
  *
- * @param args What stands after `npm run dev --`.
+ * @param args The options after `npm run dev --`.
  * @returns Stops both.
- * @throws With a message for the user, where they cannot be started.
+ * @throws {Error} With a line for the user, where they cannot be started.
  */
 export async function dev(
   args: string[],
   { PORT = "3000", TENANT_PORT = "4000", LOG_LEVEL = "debug" }: Record<string, string | undefined>,
-  print: (line: string) => void,
+  print: Print,
 ): Promise<() => Promise<void>> {
-  const { values } = parseArgs({
-    args,
-    options: { tenant: { type: "string", default: "permissive" }, help: { type: "boolean" } },
-  });
-  if (values.help) {
-    print(HELP);
-    return () => Promise.resolve();
-  }
-  const { tenant: kind } = values;
-  if (kind !== "permissive" && kind !== "strict") throw new Error("--tenant must be permissive or strict");
+  const options = readOptions(args, { tenant: { type: "string", default: "permissive" } }, HELP, print);
+  if (!options) return () => Promise.resolve();
+  const kind = oneOf("--tenant", options.tenant, TENANT_KINDS);
 
   const mcpServerUrl = `http://localhost:${PORT}/mcp`;
   const settings = {
     ...configuredTenant(kind, mcpServerUrl),
     includeIssuerInAuthorizationResponses: true, // Gemini CLI signs in nowhere without it
-    applicationLimit: Infinity, // a free tenant's would end an afternoon of trying clients
+    applicationLimit: Infinity, // a free tenant's is soon reached when many clients are tried
   };
-  const tenant = await startTenant(settings, Number(TENANT_PORT));
+  const tenant = await startTenant(settings, Number(TENANT_PORT)).catch(explainPort);
   const server = await startServer({
     AUTH0_DOMAIN: tenant.origin,
     MCP_SERVER_URL: mcpServerUrl,
     LOG_LEVEL,
   }).catch(async (error: unknown) => {
     await tenant.close();
-    throw error;
+    return explainPort(error);
   });
   const machine = settings.applications.find(({ grantTypes }) => grantTypes.includes("client_credentials"));
   print(`The server is ${server.url}: give this URL to your MCP client.
 The tenant is ${tenant.issuer} (stand-in, ${kind}). It asks for no password: sign in as
 ${settings.users.map(({ email }) => `  ${email}`).join("\n")}
+
+Next, in another terminal, an MCP client for your browser. Choose Streamable HTTP there, and paste the server's URL:
+  npx @modelcontextprotocol/inspector
 
 For the README's Step 6, and in .env for npm run doctor:
   AUTH0_DOMAIN=${tenant.origin}
@@ -75,20 +70,14 @@ Ctrl-C ends both. The server's log:`);
   };
 }
 
-/** In one line. */
-function explain(error: unknown): string {
-  if (!(error instanceof Error)) return String(error);
-  if (!("code" in error) || error.code !== "EADDRINUSE" || !("port" in error)) return error.message;
-  return `Port ${error.port} is in use: set PORT (the server's) or TENANT_PORT (the tenant's) to another`;
+function explainPort(error: unknown): never {
+  if (!(error instanceof Error && "code" in error && error.code === "EADDRINUSE" && "port" in error)) throw error;
+  throw new Error(`Port ${error.port} is in use: set PORT (the server's) or TENANT_PORT (the tenant's) to another`);
 }
 
-if (isMain(import.meta.url)) {
-  try {
-    const running = dev(process.argv.slice(2), process.env, console.log);
-    for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, async () => (await running)());
-    await running;
-  } catch (error) {
-    console.error(explain(error));
-    process.exitCode = 1;
-  }
-}
+await runCommand(import.meta.url, async (args, print) => {
+  const running = dev(args, process.env, print);
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, async () => (await running)());
+  await running;
+  return 0;
+});

@@ -1,6 +1,6 @@
 /**
- * A client that links an MCP server as ChatGPT does, as far as that is known from OpenAI's documentation
- * and from the field (README, "What was tried"). It is given the server's URL and nothing else.
+ * A client that links an MCP server as ChatGPT does, as far as OpenAI's documentation and users' reports tell
+ * (README, "What was tried"). It is given the server's URL and nothing else.
  *
  * Hops are numbered as in the README's diagram: 1 a call without a token, 2 the resource's metadata, 3 the
  * authorization server's, 4 registration, 5 sign-in, 6 the token, 7 the tools, 8 the profile, 9 tool calls.
@@ -12,36 +12,19 @@ import { randomBytes, randomUUID } from "node:crypto";
 import { once } from "node:events";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
-import {
-  type AddClientAuthentication,
-  discoverAuthorizationServerMetadata,
-  discoverOAuthProtectedResourceMetadata,
-  exchangeAuthorization,
-  extractWWWAuthenticateParams,
-  refreshAuthorization,
-  registerClient,
-  startAuthorization,
-} from "@modelcontextprotocol/sdk/client/auth.js";
+import * as oauth from "@modelcontextprotocol/sdk/client/auth.js";
 import { createPrivateKeyJwtAuth } from "@modelcontextprotocol/sdk/client/auth-extensions.js";
 import { Client } from "@modelcontextprotocol/sdk/client/index.js";
 import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
-import type {
-  AuthorizationServerMetadata,
-  OAuthClientInformationMixed,
-  OAuthClientMetadata,
-  OAuthTokens,
-} from "@modelcontextprotocol/sdk/shared/auth.js";
+import type * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
 import type { CallToolResult } from "@modelcontextprotocol/sdk/types.js";
 import { CallToolResultSchema, ListToolsResultSchema, ToolSchema } from "@modelcontextprotocol/sdk/types.js";
 import { decodeJwt, exportJWK, generateKeyPair, type JWK } from "jose";
 import { z } from "zod";
-import { OIDC_SCOPES } from "./tenant-settings.ts";
+import { OIDC_SCOPES } from "./tenant.ts";
 
 /** Scopes that say who the user is. ChatGPT has no use for them where "OIDC enabled" is not ticked. */
 const IDENTITY_SCOPES = new Set(OIDC_SCOPES.filter((scope) => scope !== "offline_access"));
-
-/** How ChatGPT's own requests to an MCP server announce themselves. */
-const USER_AGENT = "openai-mcp/1.0.0";
 
 /** A tool as OpenAI documents it. The SDK's own schema drops `securitySchemes`. */
 const ToolSchemaOfOpenAi = ToolSchema.extend({
@@ -50,7 +33,7 @@ const ToolSchemaOfOpenAi = ToolSchema.extend({
 type Tool = z.infer<typeof ToolSchemaOfOpenAi>;
 const ToolsResultSchema = ListToolsResultSchema.extend({ tools: z.array(ToolSchemaOfOpenAi) });
 
-/** One redirect for all connections, or with `callbackId` that of one. */
+/** The callback URL of all connections, or with `callbackId` that of one. */
 function redirectUrl(callbackId?: string): string {
   return callbackId === undefined
     ? "https://chatgpt.com/connector_platform_oauth_redirect"
@@ -64,21 +47,10 @@ function clientMetadata(callbackId?: string) {
     grant_types: ["authorization_code", "refresh_token"],
     response_types: ["code"],
     token_endpoint_auth_method: "none",
-  } satisfies OAuthClientMetadata;
+  } satisfies schemas.OAuthClientMetadata;
 }
 
-/** Why a link failed. */
-export class LinkError extends Error {
-  /** ChatGPT's own code, where there is one. */
-  readonly code: string | undefined;
-
-  constructor(message: string, code?: string) {
-    super(code ? `${code}: ${message}` : message);
-    this.code = code;
-  }
-}
-
-/** One step of the flow, for whoever wants to show it. Never holds a token. */
+/** One request of the flow and its answer, to be shown. Never holds a token. */
 export interface Hop {
   number: number;
   title: string;
@@ -87,7 +59,7 @@ export interface Hop {
   failed: boolean;
 }
 
-/** The fields of ChatGPT's form for a custom MCP server, the browser, and somebody who looks on. */
+/** The fields of ChatGPT's form for a custom MCP server, the browser, and an observer. */
 export interface ConnectorOptions {
   mcpServerUrl: string;
   /** Shows the user a page, and returns the callback URL where that ends. */
@@ -98,7 +70,7 @@ export interface ConnectorOptions {
   fixedClient?: { client_id: string; client_secret: string };
   /** Used where the tenant takes client metadata documents. Left out, ChatGPT registers itself there, too. */
   clientDocuments?: ClientDocuments;
-  /** Part of the redirect and of the document that this connection has to itself. The form shows it. */
+  /** The connection's id in its own callback and document URLs. The form shows it. */
   callbackId?: string;
   observe?: (hop: Hop) => void;
 }
@@ -109,15 +81,16 @@ interface Link {
   resource: string;
   resourceScopes: string[];
   authorizationServer: string;
-  metadata: AuthorizationServerMetadata;
-  /** None is the redirect, and the document, of all connections. */
+  metadata: schemas.AuthorizationServerMetadata;
+  /** Undefined: the callback and the document of all connections. */
   callbackId: string | undefined;
-  clientInformation: OAuthClientInformationMixed;
-  addClientAuthentication?: AddClientAuthentication;
+  clientInformation: schemas.OAuthClientInformationMixed;
+  addClientAuthentication?: oauth.AddClientAuthentication;
   requestedScopes: string[];
-  tokens: OAuthTokens;
+  tokens: schemas.OAuthTokens;
 }
 
+type LinkRequest = Omit<Link, "tokens">;
 type ClientIdentity = Pick<Link, "clientInformation" | "addClientAuthentication">;
 
 export class Connector {
@@ -130,7 +103,7 @@ export class Connector {
   readonly #client = new Client({ name: "ChatGPT", version: "1.0.0" });
   readonly #callbackId: string;
   #link: Link | undefined;
-  /** What a tool's challenge has asked for: part of the next link. */
+  /** Scopes of tools' challenges, which the next link requests. */
   readonly #challengedScopes: string[] = [];
 
   constructor(options: ConnectorOptions) {
@@ -138,7 +111,7 @@ export class Connector {
     this.#callbackId = options.callbackId ?? randomUUID();
   }
 
-  get tokens(): OAuthTokens {
+  get tokens(): schemas.OAuthTokens {
     if (!this.#link) throw new Error("The connector is not linked");
     return this.#link.tokens;
   }
@@ -147,7 +120,7 @@ export class Connector {
    * Signs the user in and reads the tools. Called again, it signs in anew, as ChatGPT does when a tool error
    * asks for it.
    *
-   * @throws {LinkError} or the error of the hop that failed.
+   * @throws {Error} The error of the hop that failed.
    */
   async link(): Promise<void> {
     const discovered = await this.#discover(await this.#provokeChallenge());
@@ -173,13 +146,13 @@ export class Connector {
 
   /** Exchanges the refresh token, as ChatGPT does before the access token expires. */
   async refresh(): Promise<void> {
-    if (!this.#link) throw new Error("The connector is not linked");
-    const { authorizationServer, requestedScopes, tokens: { refresh_token: refreshToken } } = this.#link;
-    const request = { ...this.#link };
+    const link = this.#link;
+    if (!link) throw new Error("The connector is not linked");
+    const { authorizationServer, requestedScopes, tokens: { refresh_token: refreshToken }, ...request } = link;
     const asked = `POST ${request.metadata.token_endpoint} grant_type=refresh_token resource=${request.resource}`;
-    this.#link.tokens = await this.#hop(6, "Refresh", asked, async () => {
-      if (!refreshToken) throw new LinkError("No refresh token: access ends when the access token expires");
-      const tokens = await refreshAuthorization(authorizationServer, { ...request, refreshToken });
+    link.tokens = await this.#hop(6, "Refresh", asked, async () => {
+      if (!refreshToken) throw new Error("No refresh token: access ends when the access token expires");
+      const tokens = await oauth.refreshAuthorization(authorizationServer, { ...request, refreshToken });
       return [tokens, describeTokens(requestedScopes, tokens)];
     });
   }
@@ -197,33 +170,32 @@ export class Connector {
         body: JSON.stringify({ jsonrpc: "2.0", id: 1, method: "tools/list" }),
       });
       await response.body?.cancel();
-      if (response.status !== 401) throw new LinkError(`Expected 401, got ${response.status}`);
+      if (response.status !== 401) throw new Error(`Expected 401, got ${response.status}`);
       const challenge = response.headers.get("www-authenticate") ?? "";
       return [readChallenge(challenge), `401 ${challenge}`];
     });
   }
 
-  async #discover({ resourceMetadataUrl, scope }: Challenge) {
+  async #discover({ resourceMetadataUrl }: Challenge) {
     const { mcpServerUrl } = this.#options;
     const asked = `GET ${resourceMetadataUrl ?? "the well-known address"}`;
     const resourceMetadata = await this.#hop(2, "Protected resource metadata", asked, async () => {
       const at = resourceMetadataUrl && { resourceMetadataUrl };
-      const document = await discoverOAuthProtectedResourceMetadata(mcpServerUrl, at, this.#fetch);
+      const document = await oauth.discoverOAuthProtectedResourceMetadata(mcpServerUrl, at, this.#fetch);
       // RFC 9728 §3.3: a document for another resource must not be used.
-      if (document.resource !== mcpServerUrl) throw new LinkError(`It is about ${document.resource}`);
+      if (document.resource !== mcpServerUrl) throw new Error(`It is about ${document.resource}`);
       return [document, summary(document, "resource", "authorization_servers", "scopes_supported")];
     });
     const { resource, authorization_servers: [authorizationServer = ""] = [] } = resourceMetadata;
     const wellKnown = `GET ${authorizationServer}.well-known/oauth-authorization-server`;
     const metadata = await this.#hop(3, "Authorization server metadata", wellKnown, async () => {
-      const document = await discoverAuthorizationServerMetadata(authorizationServer);
-      if (!document) throw new LinkError("The authorization server publishes no metadata");
+      const document = await oauth.discoverAuthorizationServerMetadata(authorizationServer);
+      if (!document) throw new Error("The authorization server publishes no metadata");
       return [document, summary(document, "issuer", "scopes_supported", "registration_endpoint")];
     });
     return {
       resource,
-      // A challenge says what this call needs, and goes before the metadata (MCP, Scope Selection Strategy).
-      resourceScopes: scope ?? resourceMetadata.scopes_supported ?? [],
+      resourceScopes: resourceMetadata.scopes_supported ?? [],
       authorizationServer,
       metadata,
       // One redirect for all is safe only where each answer names its issuer (RFC 9207).
@@ -231,88 +203,73 @@ export class Connector {
     };
   }
 
-  /** As the client it was given, by a metadata document where such are taken, by registration otherwise. */
+  /** With the fixed client, or else by a metadata document where the tenant takes them, or else by registration. */
   #identify({ metadata, callbackId }: Pick<Link, "metadata" | "callbackId">): Promise<ClientIdentity> {
     const { clientDocuments, fixedClient } = this.#options;
     if (fixedClient) {
-      return this.#hop(4, "Fixed client", `client_id=${fixedClient.client_id}`, () => {
-        return Promise.resolve([{ clientInformation: fixedClient }, "nothing to register"]);
-      });
+      const asked = `client_id=${fixedClient.client_id}`;
+      const identity = { clientInformation: fixedClient };
+      return this.#hop(4, "Fixed client", asked, async () => [identity, "nothing to register"]);
     }
     if (metadata.client_id_metadata_document_supported && clientDocuments) {
       const url = clientDocuments.url(callbackId);
-      return this.#hop(4, "Client ID metadata document", `client_id=${url}`, () => {
+      return this.#hop(4, "Client ID metadata document", `client_id=${url}`, async () => {
         const { privateKey } = clientDocuments;
-        const addClientAuthentication = createPrivateKeyJwtAuth({
-          issuer: url,
-          subject: url,
-          privateKey,
-          alg: "RS256",
-        });
-        const identity = { clientInformation: { client_id: url }, addClientAuthentication };
-        return Promise.resolve([identity, "nothing to register"]);
+        const key = { issuer: url, subject: url, privateKey, alg: "RS256" };
+        const addClientAuthentication = createPrivateKeyJwtAuth(key);
+        return [{ clientInformation: { client_id: url }, addClientAuthentication }, "nothing to register"];
       });
     }
     return this.#hop(4, "Registration", `POST ${metadata.registration_endpoint}`, async () => {
       const request = { metadata, clientMetadata: clientMetadata(callbackId) };
-      const clientInformation = await registerClient(metadata.issuer, request);
+      const clientInformation = await oauth.registerClient(metadata.issuer, request);
       return [{ clientInformation }, `client_id ${clientInformation.client_id}`];
     });
   }
 
   /**
-   * All that the authorization server advertises, and what the tools ask for once they are known. Without
-   * OIDC, what the resource asks for stands in for the former. (Whether ChatGPT looks at that with OIDC, too, is
-   * not known; here it does not, so that nothing is granted only because of it.)
+   * All that the authorization server advertises, or without OIDC what the resource's metadata names; and what the
+   * tools ask for once they are known. (Whether ChatGPT also reads the resource's scopes with OIDC is not known; here
+   * it does not, so that nothing is granted only because of them.)
    */
   #scopesToRequest({ metadata, resourceScopes }: Pick<Link, "metadata" | "resourceScopes">): string[] {
     const { oidcEnabled = true } = this.#options;
     const toolScopes = [...this.tools.flatMap(securityScopes), ...this.#challengedScopes];
-    if (oidcEnabled) return unique([...metadata.scopes_supported ?? [], ...toolScopes]);
-    return unique([...resourceScopes, ...toolScopes]).filter((scope) => !IDENTITY_SCOPES.has(scope));
+    if (oidcEnabled) return [...new Set([...metadata.scopes_supported ?? [], ...toolScopes])];
+    return [...new Set([...resourceScopes, ...toolScopes])].filter((scope) => !IDENTITY_SCOPES.has(scope));
   }
 
-  async #authorize(request: Omit<Link, "tokens">): Promise<{ code: string; codeVerifier: string }> {
+  async #authorize(request: LinkRequest): Promise<{ code: string; codeVerifier: string }> {
     const { authorizationServer, metadata, resource, requestedScopes, callbackId } = request;
     const scope = requestedScopes.join(" ");
     const state = randomBytes(330).toString("base64url"); // ChatGPT's can be longer than 400 characters
-    const { authorizationUrl, codeVerifier } = await startAuthorization(authorizationServer, {
-      ...request,
-      redirectUrl: redirectUrl(callbackId),
-      scope,
-      state,
-    });
+    const authorization = { ...request, redirectUrl: redirectUrl(callbackId), scope, state };
+    const { authorizationUrl, codeVerifier } = await oauth.startAuthorization(authorizationServer, authorization);
     const asked = `GET ${metadata.authorization_endpoint} resource=${resource} scope=${scope}`;
     const code = await this.#hop(5, "Sign-in and consent, in the browser", asked, async () => {
       const callback = await this.#options.browser(authorizationUrl);
       const { code, error, error_description, ...answer } = Object.fromEntries(callback.searchParams);
-      if (answer.state !== state) throw new LinkError("The callback has another state");
-      // RFC 9207 §2.4: an answer of another server's, or one that does not say whose it is, is refused.
+      if (answer.state !== state) throw new Error("The callback has another state");
+      // RFC 9207 §2.4: an answer of another issuer, or without the promised issuer, is refused.
       if ((promisesIssuer(metadata) || answer.iss !== undefined) && answer.iss !== metadata.issuer) {
-        throw new LinkError(
-          `The authorization response has the iss ${answer.iss ?? "(none)"}, expected ${metadata.issuer}`,
-        );
+        const found = answer.iss ?? "(none)";
+        throw new Error(`The authorization response has the iss ${found}, expected ${metadata.issuer}`);
       }
-      if (!code) throw new LinkError(`${error}: ${error_description}`);
+      if (!code) throw new Error(`${error}: ${error_description}`);
       return [code, `302 to ${redirectUrl(callbackId)} with a code${answer.iss ? " and iss" : ""}`];
     });
     return { code, codeVerifier };
   }
 
-  #exchange(request: Omit<Link, "tokens">, authorizationCode: string, codeVerifier: string): Promise<OAuthTokens> {
+  #exchange(request: LinkRequest, authorizationCode: string, codeVerifier: string): Promise<schemas.OAuthTokens> {
     const { authorizationServer, metadata, resource, requestedScopes, callbackId } = request;
     const { oidcEnabled = true } = this.#options;
     const asked = `POST ${metadata.token_endpoint} grant_type=authorization_code resource=${resource}`;
     return this.#hop(6, "Token", asked, async () => {
-      const redirectUri = redirectUrl(callbackId);
-      const tokens = await exchangeAuthorization(authorizationServer, {
-        ...request,
-        authorizationCode,
-        codeVerifier,
-        redirectUri,
-      });
+      const exchanged = { ...request, authorizationCode, codeVerifier, redirectUri: redirectUrl(callbackId) };
+      const tokens = await oauth.exchangeAuthorization(authorizationServer, exchanged);
       if (oidcEnabled && !tokens.id_token) {
-        throw new LinkError("We couldn't connect this account (no ID token)", "OAUTH_OWNER_PROFILE_ID_MISSING");
+        throw new Error("OAUTH_OWNER_PROFILE_ID_MISSING: We couldn't connect this account (no ID token)");
       }
       checkScopes(requestedScopes, tokens);
       return [tokens, describeTokens(requestedScopes, tokens)];
@@ -329,13 +286,13 @@ export class Connector {
     });
   }
 
-  /** Asks who the user is, for the name that the account gets in ChatGPT. */
+  /** Reads who the user is, which names the account in ChatGPT. */
   async #readProfile(): Promise<Record<string, unknown>> {
     const name = this.tools.find((tool) => tool._meta?.["openai/profile"] === true)?.name;
     if (!name) return {};
     return await this.#hop(8, "Profile", `tools/call ${name}`, async () => {
       const { structuredContent } = await this.#call(name, {});
-      if (typeof structuredContent?.id !== "string") throw new LinkError("The profile has no id");
+      if (typeof structuredContent?.id !== "string") throw new Error("The profile has no id");
       return [structuredContent, JSON.stringify(structuredContent)];
     });
   }
@@ -352,7 +309,7 @@ export class Connector {
         const response = await this.#fetch(url, { ...init, headers });
         if (response.status !== 401 && response.status !== 503) return response;
         const reason = response.headers.get("www-authenticate") ?? await response.text();
-        throw new LinkError(`${response.status} ${reason}`);
+        throw new Error(`${response.status} ${reason}`);
       },
     });
   }
@@ -360,7 +317,7 @@ export class Connector {
   /** To the MCP server. */
   readonly #fetch = (url: string | URL, init?: RequestInit): Promise<Response> => {
     const headers = new Headers(init?.headers);
-    headers.set("user-agent", USER_AGENT);
+    headers.set("user-agent", "openai-mcp/1.0.0"); // as ChatGPT's own requests announce themselves
     return fetch(url, { ...init, headers });
   };
 
@@ -387,7 +344,7 @@ export class Connector {
 export interface ClientDocuments {
   /** `https://chatgpt.com/oauth/client.json`, or with `callbackId` that of one connection. */
   url(callbackId?: string): string;
-  /** Signs what proves that ChatGPT is the client of the document. */
+  /** Signs the assertions by which ChatGPT authenticates as the document's client. */
   privateKey: JWK;
   close(): Promise<void>;
 }
@@ -430,26 +387,25 @@ interface Challenge {
 
 function readChallenge(challenge: string): Challenge {
   const response = new Response(null, { headers: { "www-authenticate": challenge } });
-  const { resourceMetadataUrl, scope } = extractWWWAuthenticateParams(response);
+  const { resourceMetadataUrl, scope } = oauth.extractWWWAuthenticateParams(response);
   return { resourceMetadataUrl, scope: scope?.split(" ") };
 }
 
-/** Include Issuer in Authorization Responses. */
-function promisesIssuer(metadata: AuthorizationServerMetadata): boolean {
+/** Whether the tenant includes the issuer in authorization responses (RFC 9207). */
+function promisesIssuer(metadata: schemas.AuthorizationServerMetadata): boolean {
   return "authorization_response_iss_parameter_supported" in metadata &&
     metadata.authorization_response_iss_parameter_supported === true;
 }
 
-/** @throws {LinkError} where the granted scopes are not the requested ones. */
-function checkScopes(requested: string[], { scope }: OAuthTokens): void {
+/** @throws {Error} where the granted scopes are not the requested ones. */
+function checkScopes(requested: string[], { scope }: schemas.OAuthTokens): void {
   const granted = grantedScopes(requested, scope);
   const missing = requested.filter((name) => !granted.includes(name));
   const unexpected = granted.filter((name) => !requested.includes(name));
   if (missing.length === 0 && unexpected.length === 0) return;
-  throw new LinkError(
-    "Granted OAuth scopes do not match the requested scopes. Not all requested permissions were granted" +
-      ` (missing: ${missing.join(" ") || "none"}; not asked for: ${unexpected.join(" ") || "none"})`,
-    "OAUTH_SCOPES_MISMATCH",
+  throw new Error(
+    "OAUTH_SCOPES_MISMATCH: Granted OAuth scopes do not match the requested scopes. Not all requested permissions were " +
+      `granted (missing: ${missing.join(" ") || "none"}; not asked for: ${unexpected.join(" ") || "none"})`,
   );
 }
 
@@ -464,8 +420,9 @@ function securityScopes({ securitySchemes, _meta }: Tool): string[] {
   return schemes?.flatMap(({ scopes = [] }) => scopes) ?? [];
 }
 
-/** What kind of tokens came, never the tokens. */
-function describeTokens(requested: string[], { access_token, refresh_token, id_token, scope }: OAuthTokens): string {
+/** The kinds of the tokens, never the tokens themselves. */
+function describeTokens(requested: string[], tokens: schemas.OAuthTokens): string {
+  const { access_token, refresh_token, id_token, scope } = tokens;
   return [
     `access token: ${describeAccessToken(access_token)}`,
     `refresh token: ${refresh_token ? "yes" : "no"}`,
@@ -485,8 +442,4 @@ function describeAccessToken(token: string): string {
 function summary(document: Record<string, unknown>, ...names: string[]): string {
   const written = (value: unknown) => Array.isArray(value) ? value.join(" ") : String(value);
   return names.map((name) => `${name}: ${written(document[name])}`).join("; ");
-}
-
-function unique(values: string[]): string[] {
-  return [...new Set(values)];
 }

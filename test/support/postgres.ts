@@ -1,6 +1,6 @@
 /**
- * Starts a real PostgreSQL of the test's own, and PgBouncer before it: on free ports of loopback, with all files in a
- * temporary directory.
+ * Starts a real PostgreSQL, and PgBouncer in front of it, on free ports of loopback, with all files in a temporary
+ * directory.
  *
  * NOT FOR PRODUCTION: it does not wait for the disk, so it survives being killed, but not a power cut.
  */
@@ -23,11 +23,10 @@ function find(name: string): string | undefined {
   return directories.map((directory) => join(directory, name)).find((path) => existsSync(path));
 }
 
-/** For a test's `skip`: which of these programs is missing, or false. With REQUIRE_POSTGRES=1 the test fails instead. */
+/** For a test's skip: which of these programs is missing, or false. With REQUIRE_POSTGRES=1 the test fails instead. */
 function missing(...names: string[]): string | false {
   const name = names.find((name) => find(name) === undefined);
-  return name !== undefined && process.env.REQUIRE_POSTGRES !== "1" &&
-    `no ${name} in ${directories.join(delimiter)}`;
+  return name !== undefined && process.env.REQUIRE_POSTGRES !== "1" && `no ${name} in ${directories.join(delimiter)}`;
 }
 
 export const noPostgres = missing("initdb", "postgres");
@@ -46,18 +45,15 @@ async function newDirectory(): Promise<string> {
 /**
  * Runs a program until it is ended, or until this process has ended, however that happens.
  *
- * @param ready What it prints when it takes connections.
- * @param signal Makes it end at once.
- * @returns What ends it.
+ * @param ready What it prints when it accepts connections.
+ * @param signal Ends it at once.
+ * @returns Ends it.
  */
-async function run(name: string, args: string[], cwd: string, ready: string, signal: "QUIT" | "TERM") {
+async function startProgram(name: string, args: string[], cwd: string, ready: string, signal: "QUIT" | "TERM") {
   // The shell's input ends with this process.
   const script = `"$@" & read -r _; kill -${signal} $!; wait`;
-  const program = spawn("sh", ["-c", script, "sh", find(name) ?? name, ...args], {
-    cwd,
-    ...user,
-    stdio: ["pipe", "ignore", "pipe"],
-  });
+  const command = ["-c", script, "sh", find(name) ?? name, ...args];
+  const program = spawn("sh", command, { cwd, ...user, stdio: ["pipe", "ignore", "pipe"] });
   const ended = once(program, "close");
   const lines: string[] = [];
   const output = createInterface(program.stderr);
@@ -79,17 +75,17 @@ export interface Postgres {
   url: string;
   /** Makes an empty database beside it: its DATABASE_URL. */
   newDatabase(): Promise<string>;
-  /** Runs a statement there, over one connection of its own: to open one costs more than most statements. */
+  /** Runs a statement there. All share one connection, since opening one takes longer than most statements. */
   query(statement: string): Promise<Record<string, unknown>[]>;
-  /** Resolves when it takes connections. */
+  /** Resolves when it accepts connections. */
   start(): Promise<void>;
   /** Ends it as a crash would: what is not committed is lost. */
   kill(): Promise<void>;
-  /** Ends it while it runs, and removes all its files. */
+  /** Stops it if it runs, and removes its files. */
   close(): Promise<void>;
 }
 
-/** It takes connections with TLS, for a certificate that nobody trusts, and without. */
+/** It accepts connections without TLS, and with TLS for a certificate that nobody trusts. */
 export async function startPostgres(): Promise<Postgres> {
   const directory = await newDirectory();
   const data = join(directory, "data");
@@ -104,18 +100,12 @@ export async function startPostgres(): Promise<Postgres> {
     ...["-subj", "/CN=localhost", "-keyout", join(data, "server.key"), "-out", join(data, "server.crt")],
   ], { cwd: directory, ...user });
 
-  const settings = {
-    port,
-    listen_addresses: "127.0.0.1",
-    unix_socket_directories: "",
-    ssl: "on",
-    fsync: "off",
-  };
+  const settings = { port, listen_addresses: "127.0.0.1", unix_socket_directories: "", ssl: "on", fsync: "off" };
   const flags = Object.entries(settings).flatMap(([name, value]) => ["-c", `${name}=${value}`]);
   let kill = () => Promise.resolve();
 
   async function start() {
-    kill = await run("postgres", ["-D", data, ...flags], directory, "ready to accept connections", "QUIT");
+    kill = await startProgram("postgres", ["-D", data, ...flags], directory, "ready to accept connections", "QUIT");
   }
 
   await start();
@@ -143,11 +133,11 @@ export async function startPostgres(): Promise<Postgres> {
 }
 
 /**
- * Stands before a database as a provider's pooler does: a connection to the database is a caller's for one transaction,
- * then another's. As installed, it takes no parameters of a session that it would have to keep.
+ * Starts a pooler such as providers run: a connection to the database serves a client for one transaction.
+ * In its default configuration it rejects session parameters that it would have to keep.
  *
  * @param url What `startPostgres` gives for a database.
- * @param port Where one was before.
+ * @param port That of an earlier pooler, to take its place.
  * @returns The same URL, through the pooler.
  */
 export async function startPgBouncer(url: string, port?: number): Promise<{ url: string; close(): Promise<void> }> {
@@ -155,26 +145,19 @@ export async function startPgBouncer(url: string, port?: number): Promise<{ url:
   const database = new URL(url);
   const pooled = new URL(url);
   pooled.port = String(port ?? await freePort());
-  const configuration = {
-    listen_addr: database.hostname,
-    listen_port: pooled.port,
-    unix_socket_dir: "",
-    auth_type: "scram-sha-256",
-    auth_file: join(directory, "users"),
-    pool_mode: "transaction",
-    default_pool_size: 4, // fewer than callers, so that they share
-  };
+  const configuration = `[databases]
+    * = host=${database.hostname} port=${database.port}
+    [pgbouncer]
+    listen_addr = ${database.hostname}
+    listen_port = ${pooled.port}
+    unix_socket_dir =
+    auth_type = scram-sha-256
+    auth_file = ${join(directory, "users")}
+    pool_mode = transaction
+    default_pool_size = 4`; // fewer than callers, so that they share
   await writeFile(join(directory, "users"), `"${database.username}" "${database.password}"\n`);
-  await writeFile(
-    join(directory, "pgbouncer.ini"),
-    [
-      "[databases]",
-      `* = host=${database.hostname} port=${database.port}`,
-      "[pgbouncer]",
-      ...Object.entries(configuration).map((pair) => pair.join(" = ")),
-    ].join("\n"),
-  );
-  const kill = await run("pgbouncer", [join(directory, "pgbouncer.ini")], directory, "process up", "TERM");
+  await writeFile(join(directory, "pgbouncer.ini"), configuration.replaceAll(/^ +/gm, ""));
+  const kill = await startProgram("pgbouncer", [join(directory, "pgbouncer.ini")], directory, "process up", "TERM");
   return {
     url: pooled.href,
     async close() {

@@ -5,7 +5,7 @@ import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/
 import type { OAuthClientInformationMixed, OAuthTokens } from "@modelcontextprotocol/sdk/shared/auth.js";
 import { signIn, type User } from "./tenant.ts";
 
-/** What such an application has to bring along: a place for its tokens, and a browser. */
+/** What such an application provides: storage for its tokens, and a browser. */
 export class Provider implements OAuthClientProvider {
   readonly redirectUrl = "http://localhost:1/callback";
   readonly clientMetadata = { client_name: "SDK", redirect_uris: [this.redirectUrl] };
@@ -14,27 +14,13 @@ export class Provider implements OAuthClientProvider {
   #tokens: OAuthTokens | undefined;
   #verifier = "";
 
-  clientInformation() {
-    return this.#client;
-  }
-  saveClientInformation(client: OAuthClientInformationMixed) {
-    this.#client = client;
-  }
-  tokens() {
-    return this.#tokens;
-  }
-  saveTokens(tokens: OAuthTokens) {
-    this.#tokens = tokens;
-  }
-  redirectToAuthorization(url: URL) {
-    this.authorizationUrl = url;
-  }
-  codeVerifier() {
-    return this.#verifier;
-  }
-  saveCodeVerifier(verifier: string) {
-    this.#verifier = verifier;
-  }
+  readonly clientInformation = () => this.#client;
+  readonly saveClientInformation = (client: OAuthClientInformationMixed) => void (this.#client = client);
+  readonly tokens = () => this.#tokens;
+  readonly saveTokens = (tokens: OAuthTokens) => void (this.#tokens = tokens);
+  readonly redirectToAuthorization = (url: URL) => void (this.authorizationUrl = url);
+  readonly codeVerifier = () => this.#verifier;
+  readonly saveCodeVerifier = (verifier: string) => void (this.#verifier = verifier);
 }
 
 /** Connects; with `user`, expects to be sent to the sign-in page first. The caller closes the client. */

@@ -2,27 +2,54 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { readFileSync } from "node:fs";
+import { cp, mkdir, mkdtemp, symlink } from "node:fs/promises";
 import type { Server } from "node:http";
 import { isBuiltin } from "node:module";
-import { connect, createServer as createNetServer } from "node:net";
-import type { AddressInfo, Socket } from "node:net";
-import { join } from "node:path";
+import { type AddressInfo, connect, createServer as createNetServer, type Socket } from "node:net";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import type { Readable } from "node:stream";
 import { text } from "node:stream/consumers";
 import type { TestContext } from "node:test";
 import { createServer, readSettings } from "../../server.ts";
-import { openTaskStore } from "../../tools.ts";
-import type { TaskStore } from "../../tools.ts";
+import { openTaskStore, type TaskStore } from "../../tools.ts";
 
-/** What makes this runtime read TypeScript, for processes started by a test: nothing where Node does so by itself. */
+/** The template's directory. */
+export const ROOT = join(import.meta.dirname, "../..");
+
+/** The text of one of the template's files. */
+export const readTemplate = (path: string) => readFileSync(join(ROOT, path), "utf8");
+
+/**
+ * Copies some of the template's files and folders into a new directory, which the caller deletes.
+ *
+ * @param parent Where to create it.
+ * @param without Packages of package.json that cannot be imported there.
+ */
+export async function copyTemplate(
+  paths: string[],
+  { parent = tmpdir(), without = [] }: { parent?: string; without?: string[] } = {},
+): Promise<string> {
+  const directory = await mkdtemp(join(parent, "template-"));
+  for (const path of paths) await cp(join(ROOT, path), join(directory, path), { recursive: true });
+  const { dependencies, devDependencies } = JSON.parse(readTemplate("package.json"));
+  for (const name of Object.keys({ ...dependencies, ...devDependencies })) {
+    const link = join(directory, "node_modules", name);
+    await mkdir(dirname(link), { recursive: true });
+    if (!without.includes(name)) await symlink(join(ROOT, "node_modules", name), link, "junction");
+  }
+  return directory;
+}
+
+/** Flags with which a child process of this runtime reads TypeScript: none where Node does so by itself. */
 const RUNTIME_FLAGS = "Deno" in globalThis
-  ? ["run", "-A"]
+  ? ["run", "--no-prompt", "--allow-net", "--allow-env", "--allow-read", "--allow-write"]
   : process.features.typescript
   ? []
   : ["--import", import.meta.resolve("tsx")];
 
-/** Why a test of SQLite is skipped, or false where it runs. */
+/** Why tests of SQLite are skipped, or false where they run. */
 export const noSqlite = !isBuiltin("node:sqlite") && "this runtime has no node:sqlite";
 
 /** A port that is free now. MCP_SERVER_URL holds the port, so it has to be known before the server exists. */
@@ -38,15 +65,16 @@ export async function freePort(): Promise<number> {
 export interface RunningServer {
   /** MCP_SERVER_URL */
   url: string;
+  port: number;
   store: TaskStore;
   http: Server;
   close(): Promise<void>;
 }
 
 /**
- * @param env Overrides what a test needs: AUTH0_DOMAIN at least. Tasks are kept in memory unless it says otherwise.
- * @param store Where a test brings its own; it is closed with the server all the same.
- * @param create Where a test brings a changed server.
+ * @param env AUTH0_DOMAIN, and whatever else differs from the test's defaults: tasks in memory, no log.
+ * @param store The test's own store, which is closed with the server.
+ * @param create Creates a changed server.
  */
 export async function startServer(
   env: Record<string, string>,
@@ -67,6 +95,7 @@ export async function startServer(
   await once(server, "listening");
   return {
     url,
+    port: settings.PORT,
     store: tasks,
     http: server,
     async close() {
@@ -84,7 +113,7 @@ export function logOf(t: TestContext): string[] {
   return lines;
 }
 
-/** Nothing of the test's own but where programs lie, and where V8 keeps what it has compiled. */
+/** Of the test's own environment, only PATH and the folder of V8's compile cache. */
 function childEnvironment(env: Record<string, string>) {
   const { PATH, NODE_COMPILE_CACHE } = process.env;
   return { PATH, ...(NODE_COMPILE_CACHE !== undefined && { NODE_COMPILE_CACHE }), ...env };
@@ -96,9 +125,8 @@ export function runCommandLine(
   args: string[] = [],
   { cwd = import.meta.dirname, env = {} }: { cwd?: string; env?: Record<string, string> } = {},
 ) {
-  const root = join(import.meta.dirname, "../..");
-  const { scripts } = JSON.parse(readFileSync(join(root, "package.json"), "utf8"));
-  const command = [...RUNTIME_FLAGS, join(root, scripts[name].replace("tsx ", "")), ...args];
+  const { scripts } = JSON.parse(readTemplate("package.json"));
+  const command = [...RUNTIME_FLAGS, join(ROOT, scripts[name].replace("tsx ", "")), ...args];
   const child = spawn(process.execPath, command, {
     cwd,
     env: childEnvironment(env),
@@ -112,13 +140,13 @@ export function runCommandLine(
 export interface ServerProcess {
   pid: number;
   kill(signal: NodeJS.Signals): void;
-  /** Where its log arrives, for a test that stops reading it. */
+  /** Its log, for a test that stops reading it. */
   stderr: Readable;
   /** What it has written to stderr so far. */
   lines: string[];
   /** Resolves when it says that it listens, or has ended. */
   ready: Promise<unknown>;
-  /** Resolves with the exit status, or the signal that ended it, when all its output is there. */
+  /** Resolves with the exit status, or the signal that ended it, after all its output. */
   exited: Promise<number | NodeJS.Signals>;
 }
 
@@ -156,15 +184,66 @@ export function spawnServer(
   return { pid, kill, stderr: child.stderr, lines, ready: Promise.race([listening, exited]), exited };
 }
 
-/** A connection of one's own, for what no client library sends. Being cut off is no error of it. */
-export async function open(port: number): Promise<Socket> {
-  const socket = connect(port, "127.0.0.1");
-  socket.on("error", () => {});
-  await once(socket, "connect");
-  return socket;
+export interface Reply {
+  status: number;
+  head: string;
+  body: Buffer;
 }
 
-/** Waits for what a server does on its own, and fails if it never does. */
+/**
+ * A keep-alive connection that carries one request at a time: for requests that fetch would correct, and for the bench,
+ * since node:http's client takes more CPU than the servers that are measured with it.
+ *
+ * Reads replies with a Content-Length, and of others the head.
+ */
+export class Connection {
+  /** For writing a request in parts. A disconnect is not an error. */
+  readonly socket: Socket;
+  #received: Buffer = Buffer.alloc(0);
+  #settle: { resolve: (reply: Reply) => void; reject: (error: Error) => void } | undefined;
+
+  constructor(port: number) {
+    this.socket = connect(port, "127.0.0.1").setNoDelay();
+    this.socket.on("data", (chunk: Buffer) => {
+      this.#received = this.#received.length === 0 ? chunk : Buffer.concat([this.#received, chunk]);
+      this.#read();
+    });
+    this.socket.on("error", () => {}); // "close" follows
+    this.socket.on("close", () => this.#settle?.reject(new Error("The server has closed the connection")));
+  }
+
+  send(request: Buffer | string): Promise<Reply> {
+    return new Promise((resolve, reject) => {
+      this.#settle = { resolve, reject };
+      this.socket.write(request);
+    });
+  }
+
+  #read() {
+    const headLength = this.#received.indexOf("\r\n\r\n");
+    if (headLength === -1) return;
+    const head = this.#received.toString("latin1", 0, headLength);
+    const bodyLength = Number(/^content-length: (\d+)$/im.exec(head)?.[1]);
+    const body = this.#received.subarray(headLength + 4);
+    if (body.length < bodyLength) return;
+    this.#received = Buffer.alloc(0);
+    this.#settle?.resolve({ status: Number(head.slice(9, 12)), head, body });
+  }
+
+  /** Sends a request, or a part of it, and disconnects before the reply: orderly, or with a reset. */
+  leave(request: Buffer, how: "end" | "reset"): Promise<void> {
+    return new Promise((resolve) => {
+      this.socket.on("close", () => resolve());
+      this.socket.write(request, () => how === "end" ? this.socket.destroy() : this.socket.resetAndDestroy());
+    });
+  }
+
+  close() {
+    this.socket.destroy();
+  }
+}
+
+/** Waits for a condition, and fails after ten seconds. */
 export async function until(isSo: () => boolean | Promise<boolean>, what: string) {
   const giveUp = Date.now() + 10_000;
   while (!await isSo()) {
@@ -173,14 +252,17 @@ export async function until(isSo: () => boolean | Promise<boolean>, what: string
   }
 }
 
-/** What a client of MCP sends with every message. */
+/** The headers that an MCP client sends with every message. */
 export const clientHeaders = (token: string) => ({
   authorization: `Bearer ${token}`,
   accept: "application/json, text/event-stream",
   "content-type": "application/json",
 });
 
-/** Sends a message as a client of MCP does, with further headers or other ones. */
+export const message = (method: string, params: unknown = {}) =>
+  JSON.stringify({ jsonrpc: "2.0", id: 1, method, params });
+
+/** Sends a message as an MCP client does. `headers` adds to the usual ones, or replaces them. */
 export function post(
   url: string,
   token: string,
@@ -191,7 +273,17 @@ export function post(
   return fetch(url, {
     method: "POST",
     headers: { ...clientHeaders(token), ...headers },
-    body: JSON.stringify({ jsonrpc: "2.0", id: 1, method, params }),
+    body: message(method, params),
     ...(signal && { signal }),
   });
+}
+
+/** The same request as text, for a `Connection`. The header lines in `extra` replace the correct Content-Length. */
+export function rawPost(
+  token: string,
+  body: string,
+  { target = "/mcp", extra = [`content-length: ${Buffer.byteLength(body)}`] } = {},
+): string {
+  const headers = Object.entries(clientHeaders(token)).map((pair) => pair.join(": "));
+  return [`POST ${target} HTTP/1.1`, "host: localhost", ...headers, ...extra, "", body].join("\r\n");
 }

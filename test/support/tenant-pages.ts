@@ -3,7 +3,7 @@ import type { Application, User } from "./tenant-settings.ts";
 
 /** Sign-in and consent in one, where Auth0 has a page for each. */
 export function signInPage({ name }: Application, scopes: string[], users: User[], problem = ""): Response {
-  const alert = problem && `<p id="problem" class="problem" role="alert">${escapeHtml(problem)}</p>`;
+  const alert = problem && `<p id="problem" role="alert">${escapeHtml(problem)}</p>`;
   return page(
     "Log in",
     `<p><strong>${escapeHtml(name)}</strong> asks for access to your account.</p>
@@ -18,9 +18,9 @@ ${users.map(({ email }) => `<option value="${escapeAttribute(email)}">`).join(""
 <p id="hint">This stand-in tenant knows ${escapeHtml(users.map(({ email }) => email).join(" and "))}, and
 needs no password.</p>
 <p>${scopes.length > 0 ? "It will be allowed:" : "It asks for no scope."}</p>
-<ul role="list">${scopes.map((scope) => `<li>${escapeHtml(scope)}</li>`).join("")}</ul>
+<ul>${scopes.map((scope) => `<li>${escapeHtml(scope)}</li>`).join("")}</ul>
 <button name="decision" value="accept">Accept</button>
-<button name="decision" value="decline" class="quiet" formnovalidate>Decline</button>
+<button name="decision" value="decline" formnovalidate>Decline</button>
 </form>`,
     problem ? 400 : 200,
   );
@@ -38,21 +38,12 @@ export function pageText(html: string): string {
 }
 
 const STYLE = `
-:root { color-scheme: light dark; --accent: #3f3fbf; --on-accent: #fff; --problem: #b00020; }
-@media (prefers-color-scheme: dark) { :root { --accent: #b3b3ff; --on-accent: #111; --problem: #ff9b9b; } }
+:root { color-scheme: light dark; }
 * { box-sizing: border-box; }
 body { margin: 0; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 main { max-width: 28rem; margin: 0 auto; padding: 1.5rem 1rem; }
-h1 { margin-top: 0; line-height: 1.2; }
-label { font-weight: 600; }
-input, button { display: block; width: 100%; min-height: 3rem; padding: 0 .75rem; margin: .5rem 0; font: inherit;
-  border: 2px solid var(--accent); border-radius: .5rem; }
-button { background: var(--accent); color: var(--on-accent); font-weight: 600; cursor: pointer; }
-button.quiet { background: transparent; color: inherit; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 3px; }
-ul { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none; }
-li { padding: 0 .5rem; border: 1px solid; border-radius: .5rem; }
-.problem { color: var(--problem); font-weight: 600; }
+input, button { display: block; width: 100%; min-height: 3rem; padding: 0 .75rem; margin: .5rem 0; font: inherit; }
+:focus-visible { outline: 3px solid; outline-offset: 3px; }
 `;
 
 function page(title: string, body: string, status: number): Response {

@@ -2,9 +2,11 @@
  * What can be set in the stand-in tenant, named after Auth0's dashboard, and what the README's guide sets for each kind
  * of client.
  */
+import { readFileSync } from "node:fs";
 import type { JSONWebKeySet } from "jose";
-import type { Way } from "../run/setup/guide.ts";
 import type { StoredAction, StoredBinding } from "./management.ts";
+
+export const ACTION_CODE = readFileSync(new URL("../../auth0-action.js", import.meta.url), "utf8");
 
 /** `scopes_supported` of every Auth0 tenant. An API's permissions are never among them. */
 export const OIDC_SCOPES = (
@@ -13,7 +15,8 @@ export const OIDC_SCOPES = (
 ).split(" ");
 
 /** Two kinds since April 2026: Settings → Advanced → DCR Security Mode. */
-export type TenantKind = "permissive" | "strict";
+export const TENANT_KINDS = ["permissive", "strict"] as const;
+export type TenantKind = typeof TENANT_KINDS[number];
 
 /** Applications → APIs. */
 export interface Api {
@@ -25,7 +28,7 @@ export interface Api {
   enableRbac: boolean;
   /** User-Delegated Access of third-party applications: left out is Unauthorized. */
   defaultPermissionsForThirdPartyApplications?: string[];
-  /** The Management API shows these three; the tenant signs with RS256 and lets every application in all the same. */
+  /** Shown by the Management API, without effect here: RS256 signs every token, every application is let in. */
   signingAlgorithm?: string;
   encryptsTokens?: boolean;
   userAccessPolicy?: "allow_all" | "deny_all" | "require_client_grant";
@@ -42,7 +45,7 @@ export interface User {
 /** Applications → Applications, where clients that register themselves appear too. */
 export interface Application {
   clientId: string;
-  /** The document's URL, by which a client imported from it goes. */
+  /** The URL of the document that the client was imported from: its client_id in requests. */
   externalClientId?: string;
   clientSecret?: string;
   /** Credentials → Private Key JWT: the client's public keys, here or where `jwksUri` says. */
@@ -80,8 +83,6 @@ export interface TenantSettings {
   users: User[];
   /** What a token without an API looks like: Auth0 issues either. */
   userinfoToken: "encrypted" | "opaque";
-  /** Tokens that the Management API takes, with their scopes. */
-  managementTokens?: Record<string, string[]>;
   /** What the Management API shows of Actions; left out, it follows `postLoginAction`. */
   actions?: StoredAction[];
   flow?: StoredBinding[];
@@ -90,7 +91,7 @@ export interface TenantSettings {
 export const ALICE: User = { sub: "auth0|alice", email: "alice@example.com", name: "Alice", permissions: [] };
 export const BOB: User = { sub: "auth0|bob", email: "bob@example.com", name: "Bob", permissions: [] };
 
-/** A tenant as Auth0 hands it over, with two users in it. */
+/** A newly created tenant, with two users. */
 export function newTenant(kind: TenantKind): TenantSettings {
   return {
     kind,
@@ -110,7 +111,7 @@ export function newTenant(kind: TenantKind): TenantSettings {
 }
 
 /** How ChatGPT becomes a client of the tenant. */
-export type { Way };
+export type Way = "cimd" | "register" | "fixed";
 
 /** A way on a kind of tenant: together they decide what has to be set. */
 export interface ClientKind {
@@ -118,7 +119,7 @@ export interface ClientKind {
   way: Way;
 }
 
-/** All there are: README, "Which way is yours". */
+/** Every combination: README, "Which way is yours". */
 export const CLIENT_KINDS: ClientKind[] = [
   { tenant: "strict", way: "register" },
   { tenant: "strict", way: "cimd" },
@@ -131,15 +132,16 @@ export const CLIENT_KINDS: ClientKind[] = [
 /** A client imported from its document is strict on any tenant; one made by hand is first-party on any. */
 export const isStrict = ({ tenant, way }: ClientKind) => way === "cimd" || way === "register" && tenant === "strict";
 
-/** The application that is made by hand in Step 5, and the id of the connection in ChatGPT that it is made for. */
+/** The application that is made by hand in Step 5. */
 export const FIXED_CLIENT = { client_id: "fixed", client_secret: "fixed-secret" };
+/** The id of a connection in ChatGPT: part of its callback where the tenant's responses do not include the issuer. */
 export const FIXED_CALLBACK_ID = "fixed";
 
-/** A setting of the guide: for which clients it has to be set, and what. */
-interface GuideSetting {
-  isNeeded: (client: ClientKind) => boolean;
-  set: (settings: TenantSettings, mcpServerUrl: string) => void;
-}
+/** A setting of the guide: which clients need it, and how it is made. */
+type GuideSetting = [
+  isNeeded: (client: ClientKind) => boolean,
+  set: (settings: TenantSettings, mcpServerUrl: string) => void,
+];
 
 const PERMISSIONS = ["tasks:read", "tasks:write"];
 const always = () => true;
@@ -153,91 +155,76 @@ const fixedApplication = (changes: Partial<Application>) => ({ applications }: T
  * The README's table "Which way is yours", in the order of its steps. The names are those of
  * `npm run demo -- --break`, where that has one.
  *
- * Two lie elsewhere: the import of ChatGPT's document (`Tenant.importFromUrl`) and "OIDC enabled" in ChatGPT's form,
- * which is to be unticked for strict clients.
+ * Two steps are not here: the import of ChatGPT's document (`Tenant.importFromUrl`), and "OIDC enabled" in ChatGPT's
+ * form, which has to be unticked for strict clients.
  */
 const SETTINGS = {
-  "api": {
-    isNeeded: always,
-    set: ({ apis }, identifier) =>
-      apis.push({
-        identifier,
-        allowOfflineAccess: false,
-        accessTokenProfile: "auth0",
-        permissions: PERMISSIONS,
-        enableRbac: false,
-      }),
-  },
-  "offline-access": {
-    isNeeded: always,
-    set: ({ apis }) => apis.forEach((api) => api.allowOfflineAccess = true),
-  },
-  "default-permissions": {
-    isNeeded: isStrict,
-    set: ({ apis }) => apis.forEach((api) => api.defaultPermissionsForThirdPartyApplications = PERMISSIONS),
-  },
-  "default-audience": {
-    isNeeded: always,
-    set: (settings, mcpServerUrl) => settings.defaultAudience = mcpServerUrl,
-  },
-  "registration": {
-    isNeeded: ({ way }) => way === "register",
-    set: (settings) => settings.dynamicClientRegistration = true,
-  },
-  "cimd": {
-    isNeeded: ({ way }) => way === "cimd",
-    set: (settings) => settings.clientIdMetadataDocumentRegistration = true,
-  },
-  "connection": {
-    isNeeded: (client) => !isFixed(client),
-    set: ({ connections }) => connections.forEach((connection) => connection.domainLevel = true),
-  },
-  "action": {
-    isNeeded: (client) => !isStrict(client),
-    set: (settings) => settings.postLoginAction = true,
-  },
-  "application": {
-    isNeeded: isFixed,
-    set: ({ applications }) =>
-      applications.push({
-        clientId: FIXED_CLIENT.client_id,
-        clientSecret: FIXED_CLIENT.client_secret,
-        name: "ChatGPT",
-        party: "first-party",
-        callbackUrls: [],
-        grantTypes: ["authorization_code"],
-      }),
-  },
-  "callback": {
-    isNeeded: isFixed,
-    set: fixedApplication({
-      // Which of the two it is depends on Include Issuer in Authorization Responses.
-      callbackUrls: [
-        "https://chatgpt.com/connector_platform_oauth_redirect",
-        `https://chatgpt.com/connector/oauth/${FIXED_CALLBACK_ID}`,
-      ],
-    }),
-  },
-  "application-connection": {
-    isNeeded: isFixed,
-    set: fixedApplication({ connections: ["Username-Password-Authentication"] }),
-  },
-  "refresh-grant": {
-    isNeeded: isFixed,
-    set: fixedApplication({ grantTypes: ["authorization_code", "refresh_token"] }),
-  },
-  "rotation": {
-    isNeeded: isFixed,
-    set: fixedApplication({ rotationOverlap: 30 }),
-  },
+  "api": [always, ({ apis }, identifier) => {
+    const offByDefault = { allowOfflineAccess: false, enableRbac: false };
+    apis.push({ identifier, accessTokenProfile: "auth0", permissions: PERMISSIONS, ...offByDefault });
+  }],
+  "offline-access": [always, ({ apis }) => apis.forEach((api) => api.allowOfflineAccess = true)],
+  "default-permissions": [
+    isStrict,
+    ({ apis }) => apis.forEach((api) => api.defaultPermissionsForThirdPartyApplications = PERMISSIONS),
+  ],
+  "default-audience": [always, (settings, mcpServerUrl) => settings.defaultAudience = mcpServerUrl],
+  "registration": [({ way }) => way === "register", (settings) => settings.dynamicClientRegistration = true],
+  "cimd": [({ way }) => way === "cimd", (settings) => settings.clientIdMetadataDocumentRegistration = true],
+  "include-issuer": [
+    ({ way }) => way !== "register",
+    (settings) => settings.includeIssuerInAuthorizationResponses = true,
+  ],
+  "connection": [
+    (client) => !isFixed(client),
+    ({ connections }) => connections.forEach((connection) => connection.domainLevel = true),
+  ],
+  "action": [(client) => !isStrict(client), (settings) => settings.postLoginAction = true],
+  "application": [isFixed, ({ applications }) => {
+    const { client_id: clientId, client_secret: clientSecret } = FIXED_CLIENT;
+    const asCreated = { callbackUrls: [], grantTypes: ["authorization_code"] };
+    applications.push({ clientId, clientSecret, name: "ChatGPT", party: "first-party", ...asCreated });
+  }],
+  "callback": [
+    isFixed,
+    fixedApplication({ callbackUrls: ["https://chatgpt.com/connector_platform_oauth_redirect"] }),
+  ],
+  "application-connection": [isFixed, fixedApplication({ connections: ["Username-Password-Authentication"] })],
+  "refresh-grant": [isFixed, fixedApplication({ grantTypes: ["authorization_code", "refresh_token"] })],
+  "rotation": [isFixed, fixedApplication({ rotationOverlap: 30 })],
 } satisfies Record<string, GuideSetting>;
 
 export type SettingName = keyof typeof SETTINGS;
 
 /** What has to be set in the tenant for such a client, in the order of the steps. */
 export function settingsFor(client: ClientKind): SettingName[] {
-  return (Object.keys(SETTINGS) as SettingName[]).filter((name) => SETTINGS[name].isNeeded(client));
+  return (Object.keys(SETTINGS) as SettingName[]).filter((name) => SETTINGS[name][0](client));
 }
+
+/** What stops the user where a setting is left out, in the words of the screen. */
+export const SYMPTOMS: Record<SettingName, (client: ClientKind) => RegExp> = {
+  "api": () => /Service not found: http:\/\/localhost/,
+  "offline-access": (client) => isStrict(client) ? /OAUTH_SCOPES_MISMATCH.*offline_access/ : /No refresh token/,
+  "default-permissions": () => /Oops!.*Client "tpc_\w+" is not authorized to access resource server "http/,
+  "default-audience": (client) =>
+    isStrict(client)
+      ? /Oops!.*The userinfo audience is not allowed for third party clients/
+      : /^401 .*invalid_token.*JWE of 5 parts/,
+  "registration": () => /Dynamic client registration is disabled/,
+  "include-issuer": ({ way }) =>
+    // ChatGPT then uses the document, or the callback, of the one connection
+    way === "cimd"
+      ? /Oops!.*Unknown client: http\S+\/oauth\/[^/]+\/client\.json/
+      : /Oops!.*Callback URL mismatch: https:\/\/chatgpt\.com\/connector\/oauth\//,
+  "cimd": () => /Dynamic client registration is disabled/, // which ChatGPT then falls back to
+  "connection": () => /Oops!.*no connections enabled for the client/,
+  "action": () => /OAUTH_SCOPES_MISMATCH.*Not all requested permissions were granted.*given_name/,
+  "application": () => /Oops!.*Unknown client: fixed/,
+  "callback": () => /Oops!.*Callback URL mismatch: https:\/\/chatgpt\.com\/connector/,
+  "application-connection": () => /no connections enabled for the client/,
+  "refresh-grant": () => /No refresh token/,
+  "rotation": () => /Unknown or invalid refresh token/,
+};
 
 /**
  * The tenant after every step of the README's guide, with the machine-to-machine application of Step 6. ChatGPT's
@@ -253,7 +240,8 @@ export function configuredTenant(
 ): TenantSettings {
   const settings = newTenant(tenant);
   for (const name of settingsFor({ tenant, way })) {
-    if (name !== leftOut) SETTINGS[name].set(settings, mcpServerUrl);
+    const [, set] = SETTINGS[name];
+    if (name !== leftOut) set(settings, mcpServerUrl);
   }
   settings.applications.unshift({
     clientId: "machine",

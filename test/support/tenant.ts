@@ -5,9 +5,9 @@
  *
  * What a request passes, in the order of the file: discovery and keys, registration, authorize with the
  * sign-in and consent page, the token endpoint, and the scopes and tokens that come out of it. Settings
- * bear the names of Auth0's dashboard and can be changed at any time (`tenant-settings.ts`). Behaviour follows
- * Auth0's documentation and what others have seen in the field (README, "What was tried"); the words of error
- * messages that nobody has quoted are this file's own.
+ * have the names of Auth0's dashboard and can be changed at any time (`tenant-settings.ts`). Behaviour follows
+ * Auth0's documentation and what users report (README, "What was tried"); error messages that nobody has quoted are
+ * worded by this project.
  *
  * The Management API is that of `management.ts`, on the same settings.
  *
@@ -16,29 +16,17 @@
  */
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import { once } from "node:events";
-import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
+import { createServer } from "node:http";
+import type { IncomingHttpHeaders, IncomingMessage, Server, ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 import { text } from "node:stream/consumers";
 import { compileFunction } from "node:vm";
 import { OAuthClientMetadataSchema } from "@modelcontextprotocol/sdk/shared/auth.js";
-import {
-  createLocalJWKSet,
-  createRemoteJWKSet,
-  type CryptoKey,
-  decodeJwt,
-  EncryptJWT,
-  exportJWK,
-  generateKeyPair,
-  type JWK,
-  type JWTHeaderParameters,
-  type JWTPayload,
-  jwtVerify,
-  SignJWT,
-} from "jose";
-import { ACTION_CODE, answerManagement } from "./management.ts";
+import * as jose from "jose";
+import { answerManagement, MANAGEMENT_SCOPES } from "./management.ts";
 import { errorPage, pageText, signInPage } from "./tenant-pages.ts";
-import { ALICE, type Api, type Application, newTenant, OIDC_SCOPES } from "./tenant-settings.ts";
-import type { TenantSettings, User } from "./tenant-settings.ts";
+import { ACTION_CODE, ALICE, newTenant, OIDC_SCOPES } from "./tenant-settings.ts";
+import type { Api, Application, TenantSettings, User } from "./tenant-settings.ts";
 
 export * from "./tenant-settings.ts";
 
@@ -52,35 +40,39 @@ const AUTHORIZE_PARAMETERS = (
   "response_mode connection organization"
 ).split(" ");
 
+/** Shown to strict clients only: a permissive one gets a token that nobody but Auth0 can read. */
+const USERINFO_REFUSED =
+  "The userinfo audience is not allowed for third party clients. Please specify a valid API audience.";
+
 const JWT_BEARER = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
 
 const TOKEN_LIFETIME_SECONDS = 86_400;
 
-/** A post-login Action, with the parts of `event` and `api` that this project's looks at. */
+/** A post-login Action, with the parts of `event` and `api` that this project's uses. */
 export type PostLoginAction = (
-  event: { transaction?: { protocol?: string; requested_scopes?: string[] } },
-  api: { accessToken: { addScope(scope: string): void } },
+  event: {
+    transaction?: { protocol?: string; requested_scopes?: string[] };
+    resource_server?: unknown;
+    user?: unknown;
+  },
+  api: { accessToken: { addScope(scope: string): void; setCustomClaim?(name: string, value: unknown): void } },
 ) => Promise<void>;
 
-/** Loads `auth0-action.js` as Auth0 does: the pasted text, run as a CommonJS module. */
-export function loadAction(): PostLoginAction {
+/** Loads an Action as Auth0 does: the pasted text, run as a CommonJS module without anything to require. */
+export function loadAction(code = ACTION_CODE): PostLoginAction {
   const exports: { onExecutePostLogin?: PostLoginAction } = {};
-  compileFunction(ACTION_CODE, ["exports"])(exports);
+  compileFunction(code, ["exports"])(exports);
   if (!exports.onExecutePostLogin) throw new Error("auth0-action.js exports no onExecutePostLogin");
   return exports.onExecutePostLogin;
 }
 
-interface SigningKey {
-  kid: string;
-  privateKey: CryptoKey;
-  publicJwk: JWK;
+async function newSigningKey() {
+  const { privateKey, publicKey } = await jose.generateKeyPair("RS256");
+  const kid = randomId();
+  return { kid, privateKey, publicJwk: { ...await jose.exportJWK(publicKey), kid, use: "sig", alg: "RS256" } };
 }
 
-async function newSigningKey(): Promise<SigningKey> {
-  const { privateKey, publicKey } = await generateKeyPair("RS256");
-  const kid = randomId();
-  return { kid, privateKey, publicJwk: { ...await exportJWK(publicKey), kid, use: "sig", alg: "RS256" } };
-}
+type SigningKey = Awaited<ReturnType<typeof newSigningKey>>;
 
 /** An error as OAuth words it, with the HTTP status of the reply. */
 class OAuthError extends Error {
@@ -104,26 +96,33 @@ interface AuthorizationRequest {
   codeChallengeMethod: string;
 }
 
-type TokenReply = Record<string, unknown>;
-
 /** What a user has agreed to. Every refresh token that descends from it dies with `revoked`. */
 interface Grant extends AuthorizationRequest {
   user: User;
   revoked: boolean;
 }
 
+interface ReadRequest {
+  /** Method and path. */
+  route: string;
+  headers: IncomingHttpHeaders;
+  body: string;
+}
+
 export class Tenant {
   readonly settings: TenantSettings;
-  /** Monitoring → Logs, oldest first. Every failure has the type `f` here. */
-  readonly logs: { type: string; description: string }[] = [];
+  /** Monitoring → Logs, oldest first: failures, all of the type `f` here, and exchanged codes. */
+  readonly logs: { type: "f" | "seacft"; description: string }[] = [];
   /** How often the key set was asked for. */
   jwksRequests = 0;
-  /** Answers the requests for the key set instead of the tenant, to make them fail. */
+  /** Answers requests for the key set instead of the tenant, to make them fail. */
   answerJwks: ((response: ServerResponse) => void) | undefined;
   /** Breaks the promise that the metadata makes when the issuer is to be included in authorization responses. */
   withholdsIssuer = false;
-  /** Stands before the Management API, to make it fail: `request` is method and path, `answer` does what it asks. */
+  /** Runs instead of the Management API, to make it fail: `request` is method and path, `answer` runs the API. */
   beforeManagement = (_request: string, answer: () => Promise<Response>): Promise<Response> => answer();
+  /** Runs instead of every answer, to change it: `answer` gives the tenant's own. */
+  beforeAnswer = (_request: ReadRequest, answer: () => Promise<Response>): Promise<Response> | Response => answer();
 
   readonly #server: Server;
   readonly #action = loadAction();
@@ -171,7 +170,7 @@ export class Tenant {
    */
   sign(
     claims: Record<string, unknown> = {},
-    { header, key }: { header?: Partial<JWTHeaderParameters>; key?: Parameters<SignJWT["sign"]>[0] } = {},
+    { header, key }: { header?: Partial<jose.JWTHeaderParameters>; key?: Parameters<jose.SignJWT["sign"]>[0] } = {},
   ): Promise<string> {
     const [{ kid, privateKey }] = this.#signingKeys;
     const issuedAt = Math.floor(Date.now() / 1000);
@@ -185,8 +184,14 @@ export class Tenant {
       azp: "chatgpt",
       ...claims,
     };
-    return new SignJWT(payload).setProtectedHeader({ alg: "RS256", typ: "JWT", kid, ...header })
+    return new jose.SignJWT(payload).setProtectedHeader({ alg: "RS256", typ: "JWT", kid, ...header })
       .sign(key ?? privateKey);
+  }
+
+  /** A token as Dashboard → Applications → APIs → Auth0 Management API → API Explorer shows it. */
+  signManagementToken(claims: Record<string, unknown> = {}): Promise<string> {
+    const scope = MANAGEMENT_SCOPES.join(" ");
+    return this.sign({ aud: `${this.issuer}api/v2/`, sub: "explorer@clients", scope, ...claims });
   }
 
   /** Applications → Create Application → Import from URL. Auth0 takes https only; here loopback is fine. */
@@ -206,24 +211,29 @@ export class Tenant {
 
   async #answer(request: IncomingMessage, response: ServerResponse): Promise<void> {
     const { pathname, searchParams } = new URL(request.url ?? "/", this.origin);
-    // All but the sign-in page may be asked by a script in a browser, from anywhere.
+    // Scripts of any origin may read every answer but the sign-in page.
     if (pathname !== "/authorize") response.setHeader("access-control-allow-origin", "*");
     if (pathname === "/.well-known/jwks.json") {
       this.jwksRequests++;
       if (this.answerJwks) return this.answerJwks(response);
     }
-    const reply = await this.#route(`${request.method} ${pathname}`, searchParams, request).catch((error) => {
-      const { code, message, status } = error instanceof OAuthError
-        ? error
-        : new OAuthError("server_error", String(error), 500);
-      this.#log("f", message);
-      if (pathname === "/authorize") return errorPage(`${code}: ${message}`, status);
-      return Response.json({ error: code, error_description: message }, { status });
-    });
+    const read = { route: `${request.method} ${pathname}`, headers: request.headers, body: await text(request) };
+    const reply = await this.beforeAnswer(read, () => this.#reply(read, searchParams));
     response.writeHead(reply.status, Object.fromEntries(reply.headers)).end(await reply.text());
   }
 
-  async #route(route: string, query: URLSearchParams, request: IncomingMessage): Promise<Response> {
+  #reply(request: ReadRequest, query: URLSearchParams): Promise<Response> {
+    return this.#route(request, query).catch((error: unknown) => {
+      const known = error instanceof OAuthError ? error : new OAuthError("server_error", `${error}`, 500);
+      const { code, message, status } = known;
+      this.logs.push({ type: "f", description: message });
+      if (request.route.endsWith(" /authorize")) return errorPage(`${code}: ${message}`, status);
+      return Response.json({ error: code, error_description: message }, { status });
+    });
+  }
+
+  async #route(request: ReadRequest, query: URLSearchParams): Promise<Response> {
+    const { route, headers, body } = request;
     switch (route) {
       case "GET /.well-known/openid-configuration":
       case "GET /.well-known/oauth-authorization-server":
@@ -231,33 +241,26 @@ export class Tenant {
       case "GET /.well-known/jwks.json":
         return Response.json({ keys: this.#signingKeys.map((key) => key.publicJwk) });
       case "POST /oidc/register":
-        return this.#register(await text(request));
+        return this.#register(body);
       case "GET /authorize":
         return this.#authorize(query);
       case "POST /authorize":
-        return this.#authorize(query, new URLSearchParams(await text(request)));
+        return this.#authorize(query, new URLSearchParams(body));
       case "POST /oauth/token":
-        return this.#token(await readParameters(request));
+        return this.#token(readParameters(body, headers));
       default:
-        if (route.includes(" /api/v2/")) return this.#manage(request);
-        if (request.method === "OPTIONS") return preflight(request);
+        if (route.includes(" /api/v2/")) return this.#manage(request, query);
+        if (route.startsWith("OPTIONS ")) return preflight(headers);
         throw new OAuthError("not_found", "Not found.", 404);
     }
   }
 
-  async #manage(request: IncomingMessage): Promise<Response> {
-    const { method = "", headers: { authorization = "" } } = request;
-    const url = new URL(request.url ?? "", this.origin);
-    const body = await text(request);
+  #manage({ route, headers: { authorization = "" }, body }: ReadRequest, query: URLSearchParams): Promise<Response> {
+    const [method = "", path = ""] = route.split(" ");
+    const asked = { method, url: new URL(`${path}?${query}`, this.origin), authorization, body };
     return this.beforeManagement(
-      `${method} ${url.pathname.replace("/api/v2/", "")}`,
-      () =>
-        answerManagement(this.settings, (document) => this.importFromUrl(document), {
-          method,
-          url,
-          authorization,
-          body,
-        }),
+      route.replace("/api/v2/", ""),
+      () => answerManagement(this.settings, (document) => this.importFromUrl(document), asked),
     );
   }
 
@@ -269,17 +272,13 @@ export class Tenant {
       token_endpoint: `${this.origin}/oauth/token`,
       jwks_uri: `${this.origin}/.well-known/jwks.json`,
       registration_endpoint: `${this.origin}/oidc/register`,
-      revocation_endpoint: `${this.origin}/oauth/revoke`,
-      userinfo_endpoint: `${this.origin}/userinfo`,
       scopes_supported: OIDC_SCOPES,
       response_types_supported: ["code"],
-      response_modes_supported: ["query"],
       subject_types_supported: ["public"],
       id_token_signing_alg_values_supported: ["RS256"],
       token_endpoint_auth_methods_supported: ["client_secret_basic", "client_secret_post", "private_key_jwt"],
       code_challenge_methods_supported: ["S256", "plain"],
-      ...(this.settings.clientIdMetadataDocumentRegistration &&
-        { client_id_metadata_document_supported: true }),
+      ...(this.settings.clientIdMetadataDocumentRegistration && { client_id_metadata_document_supported: true }),
       ...(this.settings.includeIssuerInAuthorizationResponses &&
         { authorization_response_iss_parameter_supported: true }),
     };
@@ -288,9 +287,7 @@ export class Tenant {
   /** Dynamic Client Registration (RFC 7591), open to anybody once it is switched on. */
   #register(body: string): Response {
     const { kind, dynamicClientRegistration, applications, applicationLimit } = this.settings;
-    if (!dynamicClientRegistration) {
-      throw new OAuthError("invalid_request", "Dynamic client registration is disabled");
-    }
+    if (!dynamicClientRegistration) throw new OAuthError("invalid_request", "Dynamic client registration is disabled");
     if (applications.length >= applicationLimit) {
       const description = "You reached the limit of entities of this type for this tenant";
       throw new OAuthError("too_many_entities", description, 403);
@@ -306,12 +303,10 @@ export class Tenant {
       grantTypes: ["authorization_code", "refresh_token"],
     };
     applications.push(application);
-    this.#log("sapi", "Dynamic client registration");
     return Response.json({
       ...metadata,
       client_id: application.clientId,
-      ...(application.clientSecret &&
-        { client_secret: application.clientSecret, client_secret_expires_at: 0 }),
+      ...(application.clientSecret && { client_secret: application.clientSecret, client_secret_expires_at: 0 }),
       grant_types: application.grantTypes,
     }, { status: 201 });
   }
@@ -323,42 +318,35 @@ export class Tenant {
     try {
       request = this.#checkAuthorizationRequest(application, query);
     } catch (error) {
-      // Errors of third-party clients stay on a page of Auth0's and in its logs: the client never learns.
+      // Errors of third-party clients are shown on a page of Auth0's and logged: the client is not told.
       if (!(error instanceof OAuthError) || application.party !== "first-party") throw error;
       return this.#refuse(query, error.code, error.message);
     }
-    if (!form) return this.#signInPage(request);
+    const signIn = (problem?: string) => signInPage(application, request.requestedScopes, this.settings.users, problem);
+    if (!form) return signIn();
     if (form.get("decision") !== "accept") {
       return this.#refuse(query, "access_denied", "User did not authorize the request");
     }
     const user = this.settings.users.find(({ email }) => email === form.get("email"));
-    if (!user) return this.#signInPage(request, "Wrong email");
+    if (!user) return signIn("Wrong email");
     const code = randomId();
     this.#codes.set(code, { ...request, user, revoked: false });
-    this.#log("s", `${user.email} signed in`);
     return this.#callBack(query, { code });
   }
 
   #refuse(query: URLSearchParams, error: string, description: string): Response {
-    this.#log("f", description);
+    this.logs.push({ type: "f", description });
     return this.#callBack(query, { error, error_description: description });
-  }
-
-  #signInPage({ application, requestedScopes }: AuthorizationRequest, problem?: string): Response {
-    return signInPage(application, requestedScopes, this.settings.users, problem);
   }
 
   /** Sends the browser back to the client. */
   #callBack(query: URLSearchParams, answer: Record<string, string>): Response {
     const callback = new URL(query.get("redirect_uri") ?? "");
     const state = query.get("state");
+    for (const [name, value] of Object.entries(answer)) callback.searchParams.set(name, value);
+    if (state !== null) callback.searchParams.set("state", state);
     const isIssuerIncluded = this.settings.includeIssuerInAuthorizationResponses && !this.withholdsIssuer;
-    const parameters = {
-      ...answer,
-      ...(state !== null && { state }),
-      ...(isIssuerIncluded && { iss: this.issuer }),
-    };
-    for (const [name, value] of Object.entries(parameters)) callback.searchParams.set(name, value);
+    if (isIssuerIncluded) callback.searchParams.set("iss", this.issuer);
     return new Response(null, { status: 302, headers: { location: callback.href } });
   }
 
@@ -375,9 +363,6 @@ export class Tenant {
   }
 
   #checkAuthorizationRequest(application: Application, query: URLSearchParams): AuthorizationRequest {
-    if (query.get("response_type") !== "code") {
-      throw new OAuthError("unsupported_response_type", "response_type must be code");
-    }
     const codeChallenge = query.get("code_challenge");
     if (application.party === "strict") {
       const unknown = [...query.keys()].find((name) => !AUTHORIZE_PARAMETERS.includes(name));
@@ -385,11 +370,14 @@ export class Tenant {
       if (!codeChallenge) throw new OAuthError("invalid_request", "code_challenge is required");
     }
     const api = this.#findApi(query.get("audience"), query.get("resource"));
-    if (application.party === "strict" && api && !api.defaultPermissionsForThirdPartyApplications) {
-      throw new OAuthError(
-        "access_denied",
-        `Client "${application.clientId}" is not authorized to access resource server "${api.identifier}"`,
-      );
+    if (application.party === "strict") {
+      if (!api) throw new OAuthError("invalid_request", USERINFO_REFUSED);
+      if (!api.defaultPermissionsForThirdPartyApplications) {
+        throw new OAuthError(
+          "access_denied",
+          `Client "${application.clientId}" is not authorized to access resource server "${api.identifier}"`,
+        );
+      }
     }
     const isEnabled = ({ name, domainLevel }: TenantSettings["connections"][number]) =>
       application.party === "first-party" ? application.connections?.includes(name) : domainLevel;
@@ -424,11 +412,7 @@ export class Tenant {
     const application = await this.#authenticateClient(parameters);
     const grantType = parameters.get("grant_type") ?? "";
     if (!application.grantTypes.includes(grantType)) {
-      throw new OAuthError(
-        "unauthorized_client",
-        `Grant type '${grantType}' not allowed for the client.`,
-        403,
-      );
+      throw new OAuthError("unauthorized_client", `Grant type '${grantType}' not allowed for the client.`, 403);
     }
     const tokens = grantType === "authorization_code"
       ? await this.#exchangeCode(application, parameters)
@@ -445,13 +429,13 @@ export class Tenant {
   async #authenticateClient(parameters: URLSearchParams): Promise<Application> {
     try {
       const assertion = parameters.get("client_assertion");
-      const clientId = parameters.get("client_id") ?? decodeJwt(assertion ?? "").sub ?? "";
+      const clientId = parameters.get("client_id") ?? jose.decodeJwt(assertion ?? "").sub ?? "";
       const application = this.#findApplication(clientId);
       const { jwks, jwksUri, clientSecret } = application ?? {};
       if (jwks ?? jwksUri) {
         if (parameters.get("client_assertion_type") !== JWT_BEARER) throw new Error("Wrong assertion type");
-        const keys = jwks ? createLocalJWKSet(jwks) : createRemoteJWKSet(new URL(jwksUri ?? ""));
-        await jwtVerify(assertion ?? "", keys, {
+        const keys = jwks ? jose.createLocalJWKSet(jwks) : jose.createRemoteJWKSet(new URL(jwksUri ?? ""));
+        await jose.jwtVerify(assertion ?? "", keys, {
           algorithms: ["RS256", "RS384", "PS256"],
           issuer: clientId,
           subject: clientId,
@@ -468,7 +452,7 @@ export class Tenant {
     }
   }
 
-  #exchangeCode(application: Application, parameters: URLSearchParams): Promise<TokenReply> {
+  #exchangeCode(application: Application, parameters: URLSearchParams): Promise<Record<string, unknown>> {
     const code = parameters.get("code") ?? "";
     const grant = this.#codes.get(code);
     this.#codes.delete(code); // for one use (RFC 6749 §4.1.2), a failed one included
@@ -482,7 +466,7 @@ export class Tenant {
     if (grant.codeChallenge && grant.codeChallenge !== challenge) {
       throw new OAuthError("invalid_grant", "Failed to verify code verifier", 403);
     }
-    this.#log("seacft", "Success Exchange: authorization code for access token");
+    this.logs.push({ type: "seacft", description: "Success Exchange: authorization code for access token" });
     return this.#issueTokens(grant, "oidc-basic-profile");
   }
 
@@ -490,7 +474,7 @@ export class Tenant {
    * Each refresh token is for one use. A second use means theft, and ends all its kin (RFC 9700 §4.14.2), unless it
    * comes within the overlap period, as that of a client does that refreshes several times at once.
    */
-  #refresh(application: Application, parameters: URLSearchParams): Promise<TokenReply> {
+  #refresh(application: Application, parameters: URLSearchParams): Promise<Record<string, unknown>> {
     const refreshToken = this.#refreshTokens.get(parameters.get("refresh_token") ?? "");
     const overlapMs = (application.rotationOverlap ?? 0) * 1000;
     if (refreshToken?.usedAt !== undefined && Date.now() - refreshToken.usedAt >= overlapMs) {
@@ -500,11 +484,10 @@ export class Tenant {
       throw new OAuthError("invalid_grant", "Unknown or invalid refresh token.", 403);
     }
     refreshToken.usedAt ??= Date.now();
-    this.#log("sertft", "Success Exchange: refresh token for access token");
     return this.#issueTokens(refreshToken.grant, "oauth2-refresh-token");
   }
 
-  async #authorizeMachine(application: Application, parameters: URLSearchParams): Promise<TokenReply> {
+  async #authorizeMachine(application: Application, parameters: URLSearchParams): Promise<Record<string, unknown>> {
     const api = this.#findApi(parameters.get("audience"), parameters.get("resource"));
     if (!api || !application.authorizedApis?.includes(api.identifier)) {
       throw new OAuthError("access_denied", `Client is not authorized to access "${api?.identifier}"`, 403);
@@ -513,7 +496,7 @@ export class Tenant {
     return { access_token: await this.#accessToken(api, application, api.permissions, claims) };
   }
 
-  async #issueTokens(grant: Grant, protocol: string): Promise<TokenReply> {
+  async #issueTokens(grant: Grant, protocol: string): Promise<Record<string, unknown>> {
     const { application, api, user } = grant;
     const scopes = await this.#grantScopes(grant, protocol);
     const mayRefresh = this.#policyScopes(grant).includes("offline_access");
@@ -537,7 +520,7 @@ export class Tenant {
     };
   }
 
-  /** What is granted in the end: the policies first, then the Action, which may go past them. */
+  /** The granted scopes: what the policies allow, and what the Action adds to that. */
   async #grantScopes(grant: Grant, protocol: string): Promise<string[]> {
     const { application, requestedScopes } = grant;
     const granted = new Set(this.#policyScopes(grant));
@@ -554,34 +537,35 @@ export class Tenant {
     return [...granted];
   }
 
-  /** What Auth0 grants of what was asked. */
+  /** The requested scopes that Auth0 grants without an Action. */
   #policyScopes(grant: Grant): string[] {
     const { application, api } = grant;
     const permissions = this.#permissions(grant);
+    const mayRefresh = application.grantTypes.includes("refresh_token") && (api?.allowOfflineAccess ?? true);
     return grant.requestedScopes.filter((scope) => {
-      if (scope === "offline_access") {
-        return application.grantTypes.includes("refresh_token") && (api?.allowOfflineAccess ?? true);
-      }
-      if (OIDC_SCOPES.includes(scope)) {
-        return application.party !== "strict" && STANDARD_SCOPES.includes(scope);
-      }
-      return permissions.includes(scope);
+      if (scope === "offline_access") return mayRefresh;
+      if (!OIDC_SCOPES.includes(scope)) return permissions.includes(scope);
+      return application.party !== "strict" && STANDARD_SCOPES.includes(scope);
     });
   }
 
   #permissions({ application, api, user }: Grant): string[] {
-    const allowed = application.party === "strict"
-      ? api?.defaultPermissionsForThirdPartyApplications
-      : api?.permissions;
+    const isStrict = application.party === "strict";
+    const allowed = isStrict ? api?.defaultPermissionsForThirdPartyApplications : api?.permissions;
     return (allowed ?? []).filter((name) => !api?.enableRbac || user.permissions.includes(name));
   }
 
   /** Without an API the token is for Auth0's own /userinfo and nobody else can read it. */
-  #accessToken(api: Api | undefined, { clientId }: Application, scopes: string[], claims: JWTPayload): Promise<string> {
+  #accessToken(
+    api: Api | undefined,
+    { clientId }: Application,
+    scopes: string[],
+    claims: jose.JWTPayload,
+  ): Promise<string> {
     const userinfo = `${this.issuer}userinfo`;
     if (!api) {
       if (this.settings.userinfoToken === "opaque") return Promise.resolve(randomId());
-      return new EncryptJWT({ ...claims, aud: userinfo, azp: clientId, scope: scopes.join(" ") })
+      return new jose.EncryptJWT({ ...claims, aud: userinfo, azp: clientId, scope: scopes.join(" ") })
         .setProtectedHeader({ alg: "dir", enc: "A256GCM", iss: this.issuer })
         .encrypt(randomBytes(32));
     }
@@ -595,13 +579,9 @@ export class Tenant {
       ...claims,
     }, { header: profile.header });
   }
-
-  #log(type: string, description: string): void {
-    this.logs.push({ type, description });
-  }
 }
 
-/** The first key of every tenant of this process: to make one takes longer than all the rest of a start. */
+/** The first key of every tenant of this process, since generating one takes longer than the rest of a start. */
 let firstSigningKey: Promise<SigningKey> | undefined;
 
 /**
@@ -638,12 +618,10 @@ export async function signIn(
   return new URL(location);
 }
 
-/** Reads a token request: a form or JSON, the client in it or in the Authorization header. */
-async function readParameters(request: IncomingMessage): Promise<URLSearchParams> {
-  const body = await text(request);
-  const isJson = request.headers["content-type"]?.startsWith("application/json");
-  const parameters = new URLSearchParams(isJson ? JSON.parse(body) : body);
-  const [, basic] = /^Basic (.+)$/.exec(request.headers.authorization ?? "") ?? [];
+/** Reads a token request: the client is in the form or in the Authorization header. */
+function readParameters(body: string, { authorization = "" }: IncomingHttpHeaders): URLSearchParams {
+  const parameters = new URLSearchParams(body);
+  const [, basic] = /^Basic (.+)$/.exec(authorization) ?? [];
   if (basic) {
     const [clientId = "", clientSecret = ""] = Buffer.from(basic, "base64").toString().split(":");
     parameters.set("client_id", decodeURIComponent(clientId));
@@ -652,16 +630,10 @@ async function readParameters(request: IncomingMessage): Promise<URLSearchParams
   return parameters;
 }
 
-/** Lets a browser's script send what it likes: nothing here depends on cookies. */
-function preflight({ headers }: IncomingMessage): Response {
-  return new Response(null, {
-    status: 204,
-    headers: {
-      "access-control-allow-methods": "GET, POST",
-      // Not *, which leaves Authorization out.
-      "access-control-allow-headers": headers["access-control-request-headers"] ?? "*",
-    },
-  });
+/** Allows a browser's script all headers, since nothing here depends on cookies. */
+function preflight(headers: IncomingHttpHeaders): Response {
+  const asked = headers["access-control-request-headers"] ?? "*"; // named, since * does not cover Authorization
+  return new Response(null, { status: 204, headers: { "access-control-allow-headers": asked } });
 }
 
 /** A callback on loopback may use any port (RFC 8252 §7.3). */

@@ -13,23 +13,16 @@ import { createRemoteJWKSet, jwtVerify } from "jose";
 import { z } from "zod";
 import { newTask, openTaskStore } from "../../../tools.ts";
 
-const { AUTH0_DOMAIN = "", MCP_SERVER_URL = "", DATABASE_URL, PORT } = process.env;
+const { AUTH0_DOMAIN = "", MCP_SERVER_URL = "", DATABASE_URL = "", PORT } = process.env;
 const keys = createRemoteJWKSet(new URL(`${AUTH0_DOMAIN}/.well-known/jwks.json`));
 const store = await openTaskStore(DATABASE_URL, console.error);
 
 function getServer(owner: string): McpServer {
   const status = z.enum(["todo", "in_progress", "done"]);
-  const task = z.object({
-    id: z.string(),
-    title: z.string(),
-    notes: z.string().nullable(),
-    status,
-    due_at: z.string().nullable(),
-    created_at: z.string(),
-    updated_at: z.string(),
-  });
+  const times = { due_at: z.string().nullable(), created_at: z.string(), updated_at: z.string() };
+  const task = z.object({ id: z.string(), title: z.string(), notes: z.string().nullable(), status, ...times });
   const title = z.string().trim().min(1).max(200).describe("What to do, in the user's words");
-  const notes = z.string().max(4000).nullish().describe("Details; null for none");
+  const notes = z.string().max(2_000).nullish().describe("Details; null for none");
   const due_at = z.iso.datetime({ offset: true }).nullish().describe("When it is due, ISO 8601; null for no date");
   const id = z.uuid().describe("The id of a task, from list_tasks or create_task");
 
@@ -59,20 +52,16 @@ function getServer(owner: string): McpServer {
   }, async ({ title, notes = null, due_at = null, idempotency_key }) => {
     return result({ task: await store.create(owner, newTask({ title, notes, due_at }), idempotency_key) });
   });
-  server.registerTool(
-    "update_task",
-    {
-      title: "Change a task",
-      description: "Use this to rename, reschedule, annotate, start, finish or reopen a task that exists.",
-      inputSchema: { id, title: title.optional(), notes, due_at, status: status.optional() },
-      outputSchema: { task },
-      annotations: { readOnlyHint: false },
-    },
-    async ({ id, ...changes }) => {
-      const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
-      return result({ task: await store.update(owner, id, { ...given, updated_at: new Date().toISOString() }) });
-    },
-  );
+  server.registerTool("update_task", {
+    title: "Change a task",
+    description: "Use this to rename, reschedule, annotate, start, finish or reopen a task that exists.",
+    inputSchema: { id, title: title.optional(), notes, due_at, status: status.optional() },
+    outputSchema: { task },
+    annotations: { readOnlyHint: false },
+  }, async ({ id, ...changes }) => {
+    const given = Object.fromEntries(Object.entries(changes).filter(([, value]) => value !== undefined));
+    return result({ task: await store.update(owner, id, { ...given, updated_at: new Date().toISOString() }) });
+  });
   server.registerTool("delete_task", {
     title: "Delete a task",
     description: "Use this only when the user wants a task gone for good.",
@@ -92,8 +81,7 @@ createServer(async (request, response) => {
   const options = { issuer: `${AUTH0_DOMAIN}/`, audience: MCP_SERVER_URL };
   const verified = await jwtVerify(token, keys, options).catch(() => undefined);
   if (verified === undefined) {
-    response.writeHead(401, { "WWW-Authenticate": 'Bearer error="invalid_token"', "Content-Length": 0 })
-      .end();
+    response.writeHead(401, { "WWW-Authenticate": 'Bearer error="invalid_token"', "Content-Length": 0 }).end();
     return;
   }
   const server = getServer(verified.payload.sub ?? "");

@@ -9,9 +9,10 @@ import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/
 import * as schemas from "@modelcontextprotocol/sdk/shared/auth.js";
 import { decodeProtectedHeader } from "jose";
 import { z } from "zod";
-import { createAuthenticator, describeError, metadataUrl } from "../../../auth.ts";
-import type { Caller } from "../../../auth.ts";
-import type { Way } from "../setup/guide.ts";
+import { type Caller, createAuthenticator, describeError, metadataUrl } from "../../../auth.ts";
+import type { Print } from "../command.ts";
+import { CannotTell, type Finding } from "./findings.ts";
+import type { Way } from "../../support/tenant.ts";
 
 const TIMEOUT_MS = 10_000;
 const SIGN_IN_MINUTES = 5;
@@ -27,95 +28,20 @@ const PER_CONNECTION = {
   document: "https://chatgpt.com/oauth/{callback_id}/client.json, which its page shows",
 };
 
-/** Says what it has found, and keeps it for the checks after it. Throws what is missing, or `CannotTell`. */
-export type Run = (found: Found, token: Token) => string | Promise<string>;
+/** Of the MCP server. */
+type ResourceMetadata = schemas.OAuthProtectedResourceMetadata;
+/** Of the tenant. Only `compareIssuer` gives it to the checks after it. */
+type TenantMetadata = schemas.OAuthMetadata;
 
-/** What there is to begin with, and what the checks have found for those after them. */
-export interface Found {
-  serverUrl: string;
-  port: number;
-  issuer: string;
-  /** Of `Options`. */
-  client: string | undefined;
-  /** AUTH0_CLIENT_ID and AUTH0_CLIENT_SECRET. */
-  id: string | undefined;
-  secret: string | undefined;
-  openBrowser: (url: string) => void | Promise<void>;
-  print: (text: string) => void;
-  /** How ChatGPT becomes a client, where that is known. */
-  way?: Way;
-  /** What is hidden wherever it is quoted. */
-  secrets: Set<string>;
-  /** What `missing` was said of, by its cause. */
-  causes: Map<string, string>;
-  /** Of the authorization request, so that no other answer is taken. */
-  state: string;
-  answer?: Response;
-  resource?: schemas.OAuthProtectedResourceMetadata;
-  tenant?: schemas.OAuthMetadata;
-  /** How many signing keys can be used. */
-  keys?: number;
-  clientInformation?: { client_id: string };
-  callback?: string;
-  listener?: Awaited<ReturnType<typeof listenForAnswer>>;
-  authorization?: { authorizationUrl: URL; codeVerifier: string };
-  signedIn?: URLSearchParams;
-  grant?: schemas.OAuthTokens;
-}
-
-/** The access token of a section, and what has been found of it. */
-export interface Token {
-  text?: string;
-  jwt?: string;
-  caller?: Caller;
-  mcp?: Client;
-}
-
-export class CannotTell extends Error {}
-
-/** What an earlier check has found. */
-function need<T>(value: T | undefined, name: string): T {
-  if (value === undefined) throw new CannotTell(`not checked, since it needs ${name}`);
-  return value;
-}
-
-function compare(found: string | null | undefined, expected: string): string {
+export function compare(found: string | null | undefined, expected: string): string {
   if (found !== expected) throw new Error(`found ${found || "none"}, expected ${expected}`);
   return expected;
 }
 
-export function hide({ secrets }: Pick<Found, "secrets">, ...texts: (string | undefined)[]): void {
-  for (const text of texts) if (text) secrets.add(text);
-}
-
-/** Words of Auth0's that name another step than the one at hand, and are headings of the README's troubleshooting. */
-const CAUSES: [words: RegExp, step: number, remedy: string][] = [
-  [/You reached the limit of entities of this type for this tenant/, 2, "Delete what attempts have left"],
-  [/Unknown client/, 2, "Import the client's document"],
-  [/Callback URL mismatch/, 5, "Allow this callback in the application"],
-  [/no connections enabled for the client/, 3, "Promote a connection to domain level"],
-  [/Service not found(?=: MCP_SERVER_URL(?!\S))/, 1, "Create an API with this Identifier"],
-  // Not what was asked for, so it is what the tenant has put in its place.
-  [/Service not found/, 2, "The Default Audience must equal MCP_SERVER_URL"],
-  [/is not authorized to access resource server/, 1, "Set the Default Permissions"],
-];
-
-/** @returns The step, the remedy and the heading. */
-export function findCause(
-  said: string,
-  { serverUrl }: Found,
-): [step: number, remedy: string, heading: string] | undefined {
-  for (const [words, step, remedy] of CAUSES) {
-    const [heading] = words.exec(said.replaceAll(serverUrl, "MCP_SERVER_URL")) ?? [];
-    if (heading !== undefined) return [step, remedy, heading];
-  }
-  return undefined;
-}
-
 // --------------------------------------------------------------------------------------------- requests
 
-/** `fetch` that neither waits for ever nor follows a redirect. */
-async function ask(url: string | URL, init: RequestInit = {}): Promise<Response> {
+/** `fetch` with a time-out, which follows no redirect. */
+async function send(url: string | URL, init: RequestInit = {}): Promise<Response> {
   try {
     return await fetch(url, { signal: AbortSignal.timeout(TIMEOUT_MS), ...init, redirect: "manual" });
   } catch (error) {
@@ -123,9 +49,9 @@ async function ask(url: string | URL, init: RequestInit = {}): Promise<Response>
   }
 }
 
-/** The same for the SDK, whose own errors leave out the status and whatever is not in OAuth's form. */
-async function askForSuccess(url: string | URL, init?: RequestInit): Promise<Response> {
-  const response = await ask(url, init);
+/** The same for the SDK, whose own errors leave out the status and any body that is not in OAuth's form. */
+async function sendExpectingSuccess(url: string | URL, init?: RequestInit): Promise<Response> {
+  const response = await send(url, init);
   if (response.ok || response.status === 405) return response; // 405: the MCP server offers no stream
   const said = `${response.status} ${await quote(response)}`;
   throw response.status === 429 ? new CannotTell(`${said}: try again in a minute`) : new Error(said);
@@ -133,7 +59,7 @@ async function askForSuccess(url: string | URL, init?: RequestInit): Promise<Res
 
 const isPage = ({ headers }: Response) => headers.get("content-type")?.startsWith("text/html") === true;
 
-/** What an answer says that is not the one hoped for: a redirect, a page, or an error in one of the usual forms. */
+/** What an unexpected answer says: a redirect, a page, or an error in one of the usual forms. */
 async function quote(response: Response): Promise<string> {
   const location = response.headers.get("location");
   if (location !== null) return `redirect to ${location.split("?", 1)[0]}`;
@@ -149,13 +75,20 @@ async function quote(response: Response): Promise<string> {
   }
 }
 
-/** The visible text of a page, in one line. */
+/** The visible text of a page, in one line. Reads the page once, since it can be of any size. */
 function textOf(html: string): string {
-  return html.replace(/<(script|style)\b.*?<\/\1>|<[^>]*>/gs, " ").replace(/\s+/g, " ").trim();
+  let end = ""; // the tag that ends the current script or style
+  const texts = html.split("<").map((part) => {
+    const [tag = ""] = /^\/?\w*/.exec(part.slice(0, 10).toLowerCase()) ?? [];
+    if (end === "" && (tag === "script" || tag === "style")) end = `/${tag}`;
+    else if (tag === end) end = "";
+    return end === "" ? part.slice(part.indexOf(">") + 1) : "";
+  });
+  return texts.join(" ").replace(/\s+/g, " ").trim();
 }
 
 async function readDocument<T>(url: string, schema: { parse(json: unknown): T }): Promise<T> {
-  const response = await ask(url);
+  const response = await send(url);
   if (response.status !== 200 || isPage(response)) {
     throw new Error(`${url} answers ${response.status} ${await quote(response)}, expected 200 and JSON`);
   }
@@ -168,187 +101,169 @@ async function readDocument<T>(url: string, schema: { parse(json: unknown): T })
 
 // ------------------------------------------------------------------------------- the server, from outside
 
-/** Calls the server without a token. */
-const call = (serverUrl: string, headers: Record<string, string> = {}) =>
-  ask(serverUrl, {
+/** Sends `tools/list` without a token. */
+const postWithoutToken = (serverUrl: string, headers: Record<string, string> = {}) =>
+  send(serverUrl, {
     method: "POST",
-    headers: {
-      "content-type": "application/json",
-      "accept": "application/json, text/event-stream",
-      ...headers,
-    },
+    headers: { "content-type": "application/json", "accept": "application/json, text/event-stream", ...headers },
     body: JSON.stringify({ jsonrpc: "2.0", id: 1, method: "tools/list" }),
   });
 
-export const reachServer: Run = async (found) => {
-  const answer = await call(found.serverUrl);
+export async function reachServer(serverUrl: string, port: number): Promise<Finding<Response>> {
+  const answer = await postWithoutToken(serverUrl);
   if (isPage(answer) || answer.status >= 500) {
-    const question = answer.status === 502 ? `: does the tunnel point at PORT ${found.port}?` : "";
-    throw new Error(
-      `${found.serverUrl} answers ${answer.status} ${await quote(answer)}, expected JSON${question}`,
-    );
+    const question = answer.status === 502 ? `: does the tunnel point at PORT ${port}?` : "";
+    throw new Error(`${serverUrl} answers ${answer.status} ${await quote(answer)}, expected JSON${question}`);
   }
-  found.answer = answer;
-  return `${found.serverUrl} answers`;
-};
+  return { said: `${serverUrl} answers`, given: answer };
+}
 
-export const expectHttps: Run = ({ serverUrl, issuer }) => {
+export function expectHttps(serverUrl: string, issuer: string): string {
   if (serverUrl.startsWith("https:")) return "yes";
   if (issuer.startsWith("http:")) return "not needed on loopback with a stand-in tenant";
   throw new Error(`found ${serverUrl}, expected https`);
-};
+}
 
-export const expect401: Run = ({ answer }) => compare(String(need(answer, "the server").status), "401");
-
-const need401 = ({ answer }: Found) => need(answer?.status === 401 ? answer : undefined, "the 401");
+export const expect401 = (answer: Response) => ({ said: compare(String(answer.status), "401"), given: answer });
 
 /** Without a token there is no error to name (RFC 6750 §3.1), and some hosts start no sign-in where one is named. */
-export const readChallenge: Run = (found) => {
-  const { resourceMetadataUrl, error } = oauth.extractWWWAuthenticateParams(need401(found));
+export function readChallenge(refusal: Response, serverUrl: string): string {
+  const { resourceMetadataUrl, error } = oauth.extractWWWAuthenticateParams(refusal);
   if (error !== undefined) throw new Error(`found error="${error}", expected none`);
-  return compare(resourceMetadataUrl?.href, metadataUrl(found.serverUrl));
-};
+  return compare(resourceMetadataUrl?.href, metadataUrl(serverUrl));
+}
 
-export const readMetadata: Run = async (found) => {
-  need(found.answer, "the server");
-  const { origin } = new URL(found.serverUrl);
-  const url = metadataUrl(found.serverUrl);
-  for (const address of [`${origin}/.well-known/oauth-protected-resource`, url]) {
-    found.resource = await readDocument(address, schemas.OAuthProtectedResourceMetadataSchema);
-  }
-  return `${url}, and without the path`;
-};
+export async function readMetadata(url: string): Promise<Finding<ResourceMetadata>> {
+  return { said: url, given: await readDocument(url, schemas.OAuthProtectedResourceMetadataSchema) };
+}
 
-export const compareResource: Run = ({ resource, serverUrl }) =>
-  compare(need(resource, "the metadata").resource, serverUrl);
-
-export const compareTenant: Run = ({ resource, issuer }) =>
-  compare(need(resource, "the metadata").authorization_servers?.join(" "), issuer);
-
-export const expectNoCache: Run = async ({ resource, serverUrl }) => {
-  need(resource, "the metadata");
-  const { headers } = await ask(metadataUrl(serverUrl));
+export async function expectNoCache(serverUrl: string): Promise<string> {
+  const { headers } = await send(metadataUrl(serverUrl));
   const hit = ["age", "x-cache", "cf-cache-status"].find((name) => /^\d|hit/i.test(headers.get(name) ?? ""));
   if (hit !== undefined) throw new Error(`found ${hit}: ${headers.get(hit)}, expected none`);
   const cacheControl = headers.get("cache-control") ?? "none";
-  if (!cacheControl.includes("no-store")) {
-    throw new Error(`found Cache-Control: ${cacheControl}, expected no-store`);
-  }
+  if (!cacheControl.includes("no-store")) throw new Error(`found Cache-Control: ${cacheControl}, expected no-store`);
   return "none";
-};
+}
 
-/** Clients that run in a browser ask first whether they may send these, as revision 2026-07-28 of MCP wants them. */
+/** Headers that a browser's preflight asks for, those that MCP 2026-07-28 adds among them. */
 const BROWSER_HEADERS = "authorization,content-type,mcp-method,mcp-name,mcp-protocol-version";
 
-export const callAsBrowser: Run = async (found) => {
-  need401(found);
-  const { serverUrl } = found;
+export async function callAsBrowser(serverUrl: string): Promise<string> {
   const origin = "https://chatgpt.com";
-  const preflight = await ask(serverUrl, {
+  const preflight = await send(serverUrl, {
     method: "OPTIONS",
-    headers: {
-      origin,
-      "access-control-request-method": "POST",
-      "access-control-request-headers": BROWSER_HEADERS,
-    },
+    headers: { origin, "access-control-request-method": "POST", "access-control-request-headers": BROWSER_HEADERS },
   });
   const show = (method: string, { headers }: Response, status: number) =>
     `${method} ${status} for ${headers.get("access-control-allow-origin") ?? "nobody"}`;
-  const posted = await call(serverUrl, { origin });
+  const posted = await postWithoutToken(serverUrl, { origin });
   compare(show("POST", posted, posted.status), `POST 401 for ${origin}`);
   compare(show("OPTIONS", preflight, preflight.ok ? 204 : preflight.status), `OPTIONS 204 for ${origin}`);
   const headers = preflight.headers.get("access-control-allow-headers")?.toLowerCase().split(/ *, */) ?? [];
   const refused = BROWSER_HEADERS.split(",").filter((name) => !headers.includes(name));
   if (refused.length > 0) throw new Error(`found no header ${refused.join(", ")} allowed, expected each`);
   return `${origin} is let in`;
-};
+}
 
-/** Rules against bots turn away the hosts of ChatGPT and Claude, while curl and this doctor pass. */
-export const callAsHosts: Run = async (found) => {
-  need401(found);
+/** Bot rules block the hosts of ChatGPT and Claude, while curl and this doctor get through. */
+export async function callAsHosts(serverUrl: string): Promise<string> {
   const agents = ["openai-mcp", "Claude-User"];
   const said = await Promise.all(agents.map(async (agent) => {
-    const answer = await call(found.serverUrl, { "user-agent": agent });
+    const answer = await postWithoutToken(serverUrl, { "user-agent": agent });
     return answer.status === 401 ? "" : `${agent} gets ${answer.status} ${await quote(answer)}`;
   }));
   const refused = said.filter(Boolean).join(", ");
   if (refused !== "") throw new Error(`${refused}, expected 401 as for others`);
   return `${agents.join(" and ")} get the same answer`;
-};
+}
 
 // ------------------------------------------------------------------------------------------- the tenant
 
-export const readDiscovery: Run = async (found) => {
-  const names = ["openid-configuration", "oauth-authorization-server"];
-  for (const name of names) {
-    found.tenant = await readDocument(`${found.issuer}.well-known/${name}`, schemas.OAuthMetadataSchema);
-  }
-  return names.join(" and ");
-};
+export async function readDiscovery(issuer: string): Promise<Finding<TenantMetadata>> {
+  await readDocument(`${issuer}.well-known/openid-configuration`, schemas.OAuthMetadataSchema);
+  const url = `${issuer}.well-known/oauth-authorization-server`;
+  const metadata = await readDocument(url, schemas.OAuthMetadataSchema);
+  return { said: "openid-configuration and oauth-authorization-server", given: metadata };
+}
 
-export const compareClock: Run = async ({ tenant, issuer }) => {
-  need(tenant, "the tenant");
-  const { headers } = await ask(`${issuer}.well-known/openid-configuration`);
+export async function compareClock(issuer: string): Promise<string> {
+  const { headers } = await send(`${issuer}.well-known/openid-configuration`);
   const sent = Date.parse(headers.get("date") ?? "");
   const seconds = Math.round((Date.now() - sent) / 1000) - Number(headers.get("age") ?? 0);
-  if (Math.abs(seconds) > 60) {
-    throw new Error(`found ${seconds} s between the tenant's and this, expected 60`);
-  }
+  if (Math.abs(seconds) > 60) throw new Error(`found ${seconds} s between the tenant's and this, expected 60`);
   return "right";
-};
+}
 
-export const compareIssuer: Run = ({ tenant, issuer }) => compare(need(tenant, "the tenant").issuer, issuer);
+/** A document whose issuer differs must not be used (RFC 8414 §3.3): its endpoints would be sent secrets. */
+export function compareIssuer(metadata: TenantMetadata, issuer: string): Finding<TenantMetadata> {
+  return { said: compare(metadata.issuer, issuer), given: metadata };
+}
 
-export const expectS256: Run = ({ tenant }) => {
-  const methods = need(tenant, "the tenant").code_challenge_methods_supported ?? [];
+export function expectS256({ code_challenge_methods_supported: methods = [] }: TenantMetadata): string {
   return compare(methods.includes("S256") ? "S256" : methods.join(" "), "S256");
-};
+}
 
-export const readSigningKeys: Run = async (found) => {
-  need(found.tenant, "the tenant");
+export async function readSigningKeys(issuer: string): Promise<Finding<unknown[]>> {
   const keySet = z.object({ keys: z.array(z.object({ kty: z.string(), alg: z.string().default("RS256") })) });
-  const { keys } = await readDocument(`${found.issuer}.well-known/jwks.json`, keySet);
+  const { keys } = await readDocument(`${issuer}.well-known/jwks.json`, keySet);
   const usable = keys.filter(({ kty, alg }) => kty === "RSA" && alg === "RS256");
   if (usable.length === 0) throw new Error(`found none for RS256 among ${keys.length}, expected one`);
-  found.keys = usable.length;
-  return `${usable.length} for RS256`;
-};
+  return { said: `${usable.length} for RS256`, given: usable };
+}
 
-const isIdentified = ({ tenant }: Found) =>
-  need(tenant, "the tenant").authorization_response_iss_parameter_supported === true;
+/** Whether Include Issuer in Authorization Responses is on. */
+const promisesIssuer = (tenant: TenantMetadata) => tenant.authorization_response_iss_parameter_supported === true;
 
-/** ChatGPT wants `iss` advertised by the issuer that the server's metadata names, to the last slash. */
-const addressesOfChatGpt = (found: Found) => {
-  const { authorization_servers: [named] = [] } = need(found.resource, "the metadata");
-  return isIdentified(found) && named === found.tenant?.issuer ? STABLE : PER_CONNECTION;
-};
+/** ChatGPT compares the issuer that advertises `iss` with the one in the server's metadata, to the last slash. */
+function addressesOfChatGpt(tenant: TenantMetadata, { authorization_servers: [named] = [] }: ResourceMetadata) {
+  return promisesIssuer(tenant) && named === tenant.issuer ? STABLE : PER_CONNECTION;
+}
 
-export const tellIssuerIdentification: Run = (found) =>
-  `${isIdentified(found) ? "on" : "off"}: ChatGPT's callback is ${addressesOfChatGpt(found).callback}`;
+export function tellIssuerIdentification(tenant: TenantMetadata, resource: ResourceMetadata): string {
+  const { callback } = addressesOfChatGpt(tenant, resource);
+  return `${promisesIssuer(tenant) ? "on" : "off"}: ChatGPT's callback is ${callback}`;
+}
 
 /** Whether registration is on does not show here: Auth0 publishes its endpoint in any case. */
-export const tellCimd: Run = (found) =>
-  need(found.tenant, "the tenant").client_id_metadata_document_supported
-    ? `advertised: import ChatGPT's document, ${addressesOfChatGpt(found).document}`
+export const tellCimd = (tenant: TenantMetadata, resource: ResourceMetadata) =>
+  tenant.client_id_metadata_document_supported
+    ? `advertised: import ChatGPT's document, ${addressesOfChatGpt(tenant, resource).document}`
     : "not advertised: ChatGPT registers itself, unless it is given a fixed application";
 
 // ------------------------------------------------------------------------------------------- the client
 
-/** A client's document is at its id and names its callbacks; a fixed application has to allow both of ChatGPT's. */
-export const useClient: Run = async (found) => {
-  const { client = "", tenant } = found;
-  found.callback = STABLE.callback;
-  if (URL.canParse(client)) {
-    if (!need(tenant, "the tenant").client_id_metadata_document_supported) throw new Error("CIMD is off");
-    const { redirect_uris: [callback] } = await readDocument(client, schemas.OAuthClientMetadataSchema);
-    found.callback = need(callback, "a callback in the document");
-  }
-  found.clientInformation = { client_id: client };
-  return `${client}, called back at ${found.callback}`;
-};
+/** A client of the tenant, and where its users are sent back to. */
+export interface TenantClient {
+  clientInformation: { client_id: string; client_secret?: string | undefined };
+  callback: string;
+}
 
-/** Waits on loopback (RFC 8252 §7.3), and takes no answer but the one to its own question. */
-async function listenForAnswer(state: string) {
+/** ChatGPT's document, which is at its id and names its callback. */
+export async function useDocument(url: string, tenant: TenantMetadata): Promise<Finding<TenantClient>> {
+  if (!tenant.client_id_metadata_document_supported) throw new Error("CIMD is off");
+  const { redirect_uris: [callback] } = await readDocument(url, schemas.OAuthClientMetadataSchema);
+  if (callback === undefined) throw new Error("found no callback in the document, expected one");
+  return { said: `${url}, called back at ${callback}`, given: { clientInformation: { client_id: url }, callback } };
+}
+
+/** An application that is given to ChatGPT, whose callback it has to allow. */
+export function useApplication(
+  client_id: string,
+  given: string | undefined,
+  tenant: TenantMetadata,
+  resource: ResourceMetadata,
+): Finding<TenantClient> {
+  const { callback } = addressesOfChatGpt(tenant, resource);
+  if (given === undefined && callback !== STABLE.callback) {
+    throw new CannotTell(`Include Issuer is off: ChatGPT's callback is ${callback}. Pass it with --callback`);
+  }
+  const used = given ?? callback;
+  return { said: `${client_id}, called back at ${used}`, given: { clientInformation: { client_id }, callback: used } };
+}
+
+/** Waits on loopback (RFC 8252 §7.3) for the answer with this state, and takes no other. */
+export async function listenForAnswer(state: string) {
   const server = createServer();
   const query = new Promise<URLSearchParams>((resolve) => {
     server.on("request", ({ url = "" }, response) => {
@@ -365,63 +280,58 @@ async function listenForAnswer(state: string) {
   return { url: `http://127.0.0.1:${port}/callback`, query, close: () => server.close() };
 }
 
-export const registerClient: Run = async (found) => {
-  const metadata = need(found.tenant, "the tenant");
-  found.listener = await listenForAnswer(found.state);
+/** @param way How ChatGPT becomes a client, where that is known. */
+export async function registerClient(tenant: TenantMetadata, callback: string, way?: Way) {
   const clientMetadata = {
     client_name: CLIENT_NAME,
-    redirect_uris: [found.listener.url],
+    redirect_uris: [callback],
     grant_types: ["authorization_code", "refresh_token"],
     response_types: ["code"],
     token_endpoint_auth_method: "none",
   };
   try {
-    const options = { metadata, clientMetadata, fetchFn: askForSuccess };
-    const client = await oauth.registerClient(found.issuer, options);
-    hide(found, client.client_secret);
-    found.clientInformation = client;
-    found.callback = found.listener.url;
-    return `on. It created the application "${CLIENT_NAME}", ${client.client_id}: delete it afterwards`;
+    const options = { metadata: tenant, clientMetadata, fetchFn: sendExpectingSuccess };
+    const clientInformation = await oauth.registerClient(tenant.issuer, options);
+    const said =
+      `on. It created the application "${CLIENT_NAME}", ${clientInformation.client_id}: delete it afterwards`;
+    return { said, given: { clientInformation, callback }, secrets: [clientInformation.client_secret] };
   } catch (error) {
     const isOff = /registration.*(disabled|not enabled)/i.test(describeError(error));
-    const way = found.way ?? (metadata.client_id_metadata_document_supported ? "cimd" : "register");
-    if (!isOff || way === "register") throw error;
-    throw new CannotTell(`off, and the way ${way} needs none: look with --client at ChatGPT's client`);
+    const used = way ?? (tenant.client_id_metadata_document_supported ? "cimd" : "register");
+    if (!isOff || used === "register") throw error;
+    throw new CannotTell(`off, and the way ${used} needs none: look with --client at ChatGPT's client`);
   }
-};
+}
 
-export const tellKind: Run = ({ clientInformation }) =>
-  need(clientInformation, "a client").client_id.startsWith("tpc_")
+export const tellKind = ({ clientInformation }: TenantClient) =>
+  clientInformation.client_id.startsWith("tpc_")
     ? "strict, as the id hints (tpc_…): mind Default Permissions in Step 1, OIDC enabled in Step 7"
     : "permissive, as the id hints (no tpc_…): mind the Action in Step 4";
 
-/** All that ChatGPT may ask for: what the tenant advertises, and what the server does. */
-function scopesToAskFor({ tenant, resource }: Found): string[] {
-  return [...new Set([...tenant?.scopes_supported ?? [], ...resource?.scopes_supported ?? []])].toSorted();
+/** All scopes that ChatGPT may ask for: those that the tenant advertises, and those of the server's metadata. */
+export function scopesToAskFor(tenant: TenantMetadata, resource: ResourceMetadata): string[] {
+  return [...new Set([...tenant.scopes_supported ?? [], ...resource.scopes_supported ?? []])].toSorted();
 }
 
-export const openSignInPage: Run = async (found) => {
-  const authorization = await oauth.startAuthorization(found.issuer, {
-    metadata: need(found.tenant, "the tenant"),
-    clientInformation: need(found.clientInformation, "a client"),
-    redirectUrl: need(found.callback, "a client"),
-    scope: scopesToAskFor(found).join(" "),
-    state: found.state,
-    resource: found.serverUrl,
-  });
-  hide(found, authorization.codeVerifier);
+export type Authorization = Awaited<ReturnType<typeof oauth.startAuthorization>>;
+
+export async function openSignInPage(
+  metadata: TenantMetadata,
+  { clientInformation, callback: redirectUrl }: TenantClient,
+  request: { scope: string; state: string; resource: string },
+): Promise<Finding<Authorization>> {
+  const options = { ...request, metadata, clientInformation, redirectUrl };
+  const authorization = await oauth.startAuthorization(metadata.issuer, options);
   const said = await browse(authorization.authorizationUrl);
-  if (findCause(said, found)) throw new Error(said);
-  found.authorization = authorization; // even so, a browser may get further
-  if (said !== "") throw new CannotTell(`${said}. The cause is the newest line in Monitoring → Logs`);
-  return "opens";
-};
+  const secrets = [authorization.codeVerifier];
+  return { said: said || "opens", given: authorization, secrets, isUnclear: said !== "" };
+}
 
 /**
- * Goes to a page as a browser does, by way of redirects and with cookies.
+ * Opens a page as a browser does, with redirects and cookies.
  *
- * @returns Nothing where it ends on a page to sign in at, or else what it says there: Auth0 keeps errors of third-party
- *   clients on a page of its own, or hands them in the query to the tenant's.
+ * @returns "" where it ends on a sign-in page, or else the error: Auth0 shows errors of third-party clients on its own
+ *   page, or passes them in the query to the tenant's.
  */
 async function browse(url: URL): Promise<string> {
   const { origin } = url;
@@ -430,7 +340,7 @@ async function browse(url: URL): Promise<string> {
     const error = url.searchParams.get("error");
     if (error !== null) return `${error}: ${url.searchParams.get("error_description")}`;
     if (url.origin !== origin) return ""; // at Google's, say
-    const response = await ask(url, { headers: { cookie: cookies.join("; ") } });
+    const response = await send(url, { headers: { cookie: cookies.join("; ") } });
     const location = response.headers.get("location");
     if (location === null) {
       const text = textOf(await response.text());
@@ -444,144 +354,139 @@ async function browse(url: URL): Promise<string> {
 
 // -------------------------------------------------------------------------------------- tokens and tools
 
-function keep(found: Found, { access_token, refresh_token, id_token }: schemas.OAuthTokens, token: Token) {
-  hide(found, access_token, refresh_token, id_token);
-  token.text = access_token;
+function keepTokens(said: string, given: schemas.OAuthTokens): Finding<schemas.OAuthTokens> {
+  return { said, given, secrets: [given.access_token, given.refresh_token, given.id_token] };
 }
 
-export const requestToken: Run = async (found, token) => {
-  const { id, secret, tenant, serverUrl: audience } = found;
+export async function requestToken(
+  { token_endpoint }: TenantMetadata,
+  id: string | undefined,
+  secret: string | undefined,
+  audience: string,
+): Promise<Finding<schemas.OAuthTokens>> {
   if (!id) throw new Error("AUTH0_CLIENT_ID is not set");
   if (!secret) throw new Error("AUTH0_CLIENT_SECRET is not set");
   // For this grant Auth0 wants its own `audience` in place of RFC 8707's `resource`.
   const request = { grant_type: "client_credentials", client_id: id, client_secret: secret, audience };
-  const { token_endpoint } = need(tenant, "the tenant");
-  const answer = await askForSuccess(token_endpoint, { method: "POST", body: new URLSearchParams(request) });
-  keep(found, schemas.OAuthTokensSchema.parse(await answer.json()), token);
-  return `issued to ${id}`;
-};
+  const answer = await sendExpectingSuccess(token_endpoint, { method: "POST", body: new URLSearchParams(request) });
+  return keepTokens(`issued to ${id}`, schemas.OAuthTokensSchema.parse(await answer.json()));
+}
 
-export const signIn: Run = async (found) => {
-  const { authorizationUrl } = need(found.authorization, "the sign-in page");
-  const { query } = need(found.listener, "a client");
-  found.print(`Open this in a browser, within ${SIGN_IN_MINUTES} minutes:\n\n${authorizationUrl}\n`);
-  await found.openBrowser(authorizationUrl.href);
+export async function signIn(
+  { authorizationUrl }: Authorization,
+  query: Promise<URLSearchParams>,
+  openBrowser: (url: string) => void | Promise<void>,
+  print: Print,
+): Promise<Finding<{ code: string; iss: string | null }>> {
+  print(`Open this in a browser, within ${SIGN_IN_MINUTES} minutes:\n\n${authorizationUrl}\n`);
+  await openBrowser(authorizationUrl.href);
   const answer = await Promise.race([query, delay(SIGN_IN_MINUTES * 60_000, undefined, { ref: false })]);
   if (answer === undefined) throw new CannotTell(`nobody came back within ${SIGN_IN_MINUTES} minutes`);
-  found.signedIn = answer;
   const code = answer.get("code");
-  if (code === null) {
-    const said = `${answer.get("error")}: ${answer.get("error_description")}`;
-    throw findCause(said, found) ? new Error(said) : new CannotTell(said); // the user may have declined
-  }
-  hide(found, code);
-  return "done";
-};
+  // The user may have declined, which is no missing setting.
+  if (code === null) throw new CannotTell(`${answer.get("error")}: ${answer.get("error_description")}`);
+  return { said: "done", given: { code, iss: answer.get("iss") }, secrets: [code] };
+}
 
-/** Where it is advertised, clients refuse an answer that does not hold it (RFC 9207 §2.4). */
-export const compareAnswer: Run = (found) => {
-  const iss = need(found.signedIn, "the sign-in").get("iss");
-  if (iss === null && !isIdentified(found)) return "none, and none is advertised";
-  return compare(iss, need(found.tenant, "the tenant").issuer);
-};
+/** An answer without `iss` is refused where it is advertised, and one with another issuer always (RFC 9207 §2.4). */
+export function compareAnswer(
+  { code, iss }: { code: string; iss: string | null },
+  tenant: TenantMetadata,
+): Finding<string> {
+  if (iss === null && !promisesIssuer(tenant)) return { said: "none, and none is advertised", given: code };
+  return { said: compare(iss, tenant.issuer), given: code };
+}
 
-const grantOptions = ({ tenant, clientInformation, serverUrl }: Found) => ({
-  metadata: need(tenant, "the tenant"),
-  clientInformation: need(clientInformation, "a client"),
-  resource: serverUrl,
-  fetchFn: askForSuccess,
-});
+export async function exchangeCode(
+  metadata: TenantMetadata,
+  { clientInformation, callback: redirectUri }: TenantClient,
+  request: { authorizationCode: string; codeVerifier: string; resource: string },
+): Promise<Finding<schemas.OAuthTokens>> {
+  const options = { ...request, metadata, clientInformation, redirectUri, fetchFn: sendExpectingSuccess };
+  return keepTokens("issued", await oauth.exchangeAuthorization(metadata.issuer, options));
+}
 
-export const exchangeCode: Run = async (found, token) => {
-  found.grant = await oauth.exchangeAuthorization(found.issuer, {
-    ...grantOptions(found),
-    authorizationCode: need(found.signedIn?.get("code") ?? undefined, "the sign-in"),
-    codeVerifier: need(found.authorization, "the sign-in").codeVerifier,
-    redirectUri: need(found.callback, "the sign-in"),
-  });
-  keep(found, found.grant, token);
-  return "issued";
-};
-
-export const expectJwt: Run = (_, token) => {
-  const text = need(token.text, "a token");
+export function expectJwt({ access_token: text }: schemas.OAuthTokens): Finding<string> {
   const parts = text.split(".").length;
   if (parts === 5) throw new Error("found an encrypted one (JWE, 5 parts), expected a JWT of 3 parts");
   if (parts !== 3) throw new Error("found an opaque one, expected a JWT of 3 parts");
-  token.jwt = text;
   const { alg, typ } = decodeProtectedHeader(text);
-  return `JWT, alg ${alg}, typ ${typ}`;
-};
+  return { said: `JWT, alg ${alg}, typ ${typ}`, given: text };
+}
 
 /** Strict clients get none, whatever they ask for. */
-export const tellIdToken: Run = ({ grant }) =>
-  need(grant, "a token").id_token === undefined
+export const tellIdToken = ({ id_token }: schemas.OAuthTokens) =>
+  id_token === undefined
     ? "none: the client is strict, untick OIDC enabled in Step 7"
     : "came: OIDC enabled in Step 7 can stay ticked";
 
 /** ChatGPT compares what it asked for with what was granted. */
-export const compareScopes: Run = (found) => {
-  const { scope, id_token } = need(found.grant, "a token");
-  const asked = scopesToAskFor(found);
+export function compareScopes(
+  { scope, id_token }: schemas.OAuthTokens,
+  asked: string[],
+  { scopes_supported = [] }: TenantMetadata,
+): string {
   const granted = scope?.split(" ").toSorted() ?? asked; // RFC 6749 §5.1
-  const refused = found.tenant?.scopes_supported?.filter((name) => !granted.includes(name)) ?? [];
+  const refused = scopes_supported.filter((name) => !granted.includes(name));
   const sides = `asked    ${asked.join(" ")}\ngranted  ${granted.join(" ")}`;
   if (id_token === undefined) return `not for strict clients\n${sides}`;
   if (refused.length > 0) throw new Error(`not granted: ${refused.join(" ")}\n${sides}`);
   return `all granted\n${sides}`;
-};
+}
 
-export const refresh: Run = async (found, token) => {
-  const { refresh_token: refreshToken } = need(found.grant, "a token");
+export async function refresh(
+  metadata: TenantMetadata,
+  { clientInformation }: TenantClient,
+  { refresh_token: refreshToken }: schemas.OAuthTokens,
+  resource: string,
+): Promise<Finding<schemas.OAuthTokens>> {
   if (refreshToken === undefined) throw new Error("found none, expected one");
-  const renewed = await oauth.refreshAuthorization(found.issuer, { ...grantOptions(found), refreshToken });
-  keep(found, renewed, token);
-  return renewed.refresh_token === refreshToken ? "works" : "works, and is rotated";
-};
+  const options = { metadata, clientInformation, refreshToken, resource, fetchFn: sendExpectingSuccess };
+  const renewed = await oauth.refreshAuthorization(metadata.issuer, options);
+  return keepTokens(renewed.refresh_token === refreshToken ? "works" : "works, and is rotated", renewed);
+}
 
 /** As the server itself checks them. */
-export const verifyClaims: Run = async ({ issuer, serverUrl, print, tenant, keys }, token) => {
-  need(tenant?.issuer === issuer || undefined, "the issuer");
-  need(keys, "the signing keys");
-  const authenticate = createAuthenticator({ issuer, url: serverUrl, name: "", scopes: [] }, print);
-  token.caller = await authenticate(`Bearer ${need(token.jwt, "a JWT")}`);
-  const { exp, ...claims } = token.caller.claims;
+export async function verifyClaims(jwt: string, issuer: string, serverUrl: string): Promise<Finding<Caller>> {
+  const authenticate = createAuthenticator({ issuer, url: serverUrl, name: "", scopes: [] });
+  const caller = await authenticate(`Bearer ${jwt}`);
+  const { exp, ...claims } = caller.claims;
   const lines = Object.entries({ ...claims, exp: new Date(Number(exp) * 1000).toISOString() })
     .flatMap(([name, value]) => value === undefined ? [] : [`${name.padEnd(13)}${value}`]);
-  return ["right", ...lines].join("\n");
-};
+  return { said: ["right", ...lines].join("\n"), given: caller };
+}
 
-/** What the server asks clients to ask for, and is not one of the tenant's own. */
-export const expectApiScopes: Run = ({ resource, tenant }, { caller }) => {
-  const { scopes } = need(caller, "right claims");
-  const { scopes_supported = [] } = need(resource, "the metadata");
-  const needed = scopes_supported.filter((name) => !tenant?.scopes_supported?.includes(name));
+/** Compares with the scopes of the server's metadata that are not the tenant's own. */
+export function expectApiScopes(
+  { scopes }: Caller,
+  { scopes_supported = [] }: ResourceMetadata,
+  tenant: TenantMetadata,
+): string {
+  const needed = scopes_supported.filter((name) => !tenant.scopes_supported?.includes(name));
   const lacking = needed.filter((name) => !scopes.has(name));
   if (lacking.length > 0) throw new Error(`found no ${lacking.join(" ")}, expected ${needed.join(" ")}`);
   return needed.join(" ") || "none needed without ENFORCE_SCOPES";
-};
+}
 
-export const initialize: Run = async ({ answer, serverUrl }, token) => {
-  need(answer, "the server");
-  need(token.caller, "right claims");
-  const mcp = new Client({ name: CLIENT_NAME, version: "1.0.0" });
+export async function initialize(serverUrl: string, jwt: string): Promise<Finding<Client>> {
+  const client = new Client({ name: CLIENT_NAME, version: "1.0.0" });
   const transport = new StreamableHTTPClientTransport(new URL(serverUrl), {
-    fetch: askForSuccess,
-    requestInit: { headers: { authorization: `Bearer ${need(token.jwt, "a JWT")}` } },
+    fetch: sendExpectingSuccess,
+    requestInit: { headers: { authorization: `Bearer ${jwt}` } },
   });
-  await mcp.connect(transport, { timeout: TIMEOUT_MS });
-  token.mcp = mcp;
-  return `protocol ${transport.protocolVersion}`;
-};
+  await client.connect(transport, { timeout: TIMEOUT_MS });
+  return { said: `protocol ${transport.protocolVersion}`, given: client };
+}
 
-export const listTools: Run = async (_, { mcp }) => {
-  const { tools } = await need(mcp, "initialize").listTools({}, { timeout: TIMEOUT_MS });
+export async function listTools(client: Client): Promise<string> {
+  const { tools } = await client.listTools({}, { timeout: TIMEOUT_MS });
   return tools.map(({ name }) => name).join(", ");
-};
+}
 
-export const getProfile: Run = async (_, { mcp }) => {
+/** Closes the client, since no check follows. */
+export async function getProfile(client: Client): Promise<string> {
   const call = { name: "get_profile", arguments: {} };
-  const result = await need(mcp, "initialize").callTool(call, undefined, { timeout: TIMEOUT_MS });
+  const result = await client.callTool(call, undefined, { timeout: TIMEOUT_MS }).finally(() => client.close());
   if (result.isError || !result.structuredContent) throw new Error(JSON.stringify(result.content));
   return JSON.stringify(result.structuredContent);
-};
+}

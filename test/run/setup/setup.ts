@@ -1,11 +1,10 @@
 /** `npm run setup`: shows what Steps 1 to 5 of the README still need on a tenant, and does it, as `HELP` says. */
 import { createInterface } from "node:readline/promises";
 import { setTimeout as delay } from "node:timers/promises";
-import { parseArgs } from "node:util";
-import { isMain, runCommand } from "../command.ts";
+import { type Print, readOptions, runCommand } from "../command.ts";
 import { describeError } from "../../../auth.ts";
 import { readEnvironment, readSettings } from "../../../server.ts";
-import { plan, type Setting, type State, WAYS } from "./guide.ts";
+import { type Choices, plan, type Setting, type State, WayNeeded, WAYS } from "./guide.ts";
 import { ManagementClient, type Wait } from "./management-client.ts";
 
 const HELP = `Usage: npm run setup -- [--way WAY] [--connection NAME] [--document URL] [--apply [--yes]]
@@ -13,8 +12,8 @@ const HELP = `Usage: npm run setup -- [--way WAY] [--connection NAME] [--documen
 Shows what Steps 1 to 5 of the README still need on this tenant, one line a setting: ok, to do (what is there → what
 will be), or by hand (what Auth0's API cannot do, or what is not ours to decide). Changes nothing without --apply.
 
-  --way WAY          how ChatGPT becomes a client: cimd (its document is imported), register (it registers itself) or
-                     fixed (an application that you make). Not given: what the tenant is set to already, else cimd
+  --way WAY          how ChatGPT becomes a client: register (it registers itself), cimd (its document is imported) or
+                     fixed (an application that you make). Not given: what the tenant is set to already
   --connection NAME  the connection to promote, where there are several
   --document URL     the document to import, where it is not https://chatgpt.com/oauth/client.json: it stands on the
                      connection's page in ChatGPT
@@ -23,9 +22,10 @@ will be), or by hand (what Auth0's API cannot do, or what is not ours to decide)
   --help             show this
 
 Reads the server's environment, and AUTH0_MANAGEMENT_TOKEN: Auth0 Dashboard → Applications → APIs → Auth0 Management
-API → API Explorer shows one, good for 24 hours. It needs read: and update: of tenant_settings, resource_servers,
-connections and actions, read: of client_grants and clients, and create: of resource_servers, client_grants, clients
-and actions.
+API → API Explorer shows one, good for 24 hours. It is sent to the tenant that it was issued for and nowhere else;
+AUTH0_DOMAIN must be that tenant's, or a custom domain of it. The token needs read: and update: of tenant_settings,
+resource_servers, connections and actions, read: of client_grants and clients, and create: of resource_servers,
+client_grants, clients and actions.
 
 Only ever adds: a value that is there, and on which another application may depend, is left for you to decide. Run it
 again after a failure: it goes on with what is left. Exits with 0 when nothing is left to do, with 1 otherwise. The
@@ -44,7 +44,7 @@ export interface Options {
 
 export type Line = Omit<Setting, "read"> & State;
 
-/** What is there of each setting. Changes nothing. */
+/** Reads the state of each setting. Changes nothing. */
 export async function look(settings: Setting[]): Promise<Line[]> {
   const lines: Line[] = [];
   for (const { read, ...setting } of settings) lines.push({ ...setting, ...await read() });
@@ -67,29 +67,32 @@ export async function setup(
 ): Promise<number> {
   const { MCP_SERVER_URL: serverUrl, issuer } = readSettings(env);
   const token = env.AUTH0_MANAGEMENT_TOKEN?.trim() ?? "";
-  // Names and messages come from outside: neither the token nor terminal codes are printed with them.
+  // Names and messages come from outside, and may hold the token or control characters.
   const say = (text: string) => print(text.replaceAll(token || "\0", "(hidden)").replace(/[^\P{Cc}\n]/gu, "?"));
   try {
     const { connection, document, apply, yes } = options;
     const way = WAYS.find((one) => one === options.way);
     if (options.way !== undefined && !way) throw new Error(`--way must be one of ${WAYS.join(", ")}`);
     if (document !== undefined && !URL.canParse(document)) throw new Error("--document must be a URL");
-    if (apply && !yes && !ask) {
-      throw new Error("--apply asks first, and there is no terminal to ask on: add --yes");
-    }
+    if (apply && !yes && !ask) throw new Error("--apply asks first, and there is no terminal to ask on: add --yes");
     if (!token) throw new Error(NO_TOKEN);
 
     const auth0 = new ManagementClient(issuer, token, wait, say);
-    const { about, settings } = await plan(auth0, { serverUrl, way, document, connection });
-    say(`${about}\n`);
-    const lines = await look(settings);
+    const choices = { serverUrl, way, document, connection };
+    const first = await plan(auth0, choices);
+    say(`${first.about}\n`);
+    const lines = await look(first.settings);
     for (const line of lines) say(describe(line));
 
     const left = lines.filter(({ status }) => status !== "ok");
     if (left.length === 0) return succeed(say);
     const toDo = left.filter(({ status }) => status === "to do").length;
     if (!apply || left[0]?.status === "by hand") {
-      const hint = toDo > 0 && !apply ? " npm run setup -- --apply does what is to do." : "";
+      const hint = apply
+        ? " Nothing was changed: do the first one that is by hand, and run this again."
+        : toDo > 0
+        ? " npm run setup -- --apply does what is to do."
+        : "";
       say(`\n${toDo} to do, ${left.length - toDo} by hand.${hint}`);
       return 1;
     }
@@ -98,13 +101,12 @@ export async function setup(
       return 1;
     }
     say("");
-    auth0.forget(); // something may have changed while the question stood
-    const stop = await applyAll(settings, say);
+    const stop = await applyAll(auth0, { ...choices, way: first.way }, say);
     if (!stop) return succeed(say);
     say(`\nStopped at what is by hand: Step ${stop.step}, ${stop.what}. Run this again when it is done.`);
     return 1;
   } catch (error) {
-    say(describeError(error));
+    say(error instanceof WayNeeded ? error.message : describeError(error));
     return 1;
   }
 }
@@ -114,49 +116,63 @@ function succeed(say: (text: string) => void): number {
   return 0;
 }
 
-/** @returns The setting that only a person can go on with. */
-async function applyAll(settings: Setting[], say: (text: string) => void): Promise<Setting | undefined> {
-  for (const setting of settings) {
-    const { step, what, read } = setting;
-    const before = await read();
-    if (before.status === "by hand") return setting;
-    if (before.status === "ok") continue;
-    await before.apply();
-    const after = await read();
-    if (after.status !== "ok") {
-      throw new Error(`${what}: Auth0 took the change, and still says ${after.found}`);
+/**
+ * Makes the settings, and reads them again until nothing changes: a new API may require a grant, for instance.
+ *
+ * @returns The first setting that only a person can make.
+ */
+async function applyAll(
+  auth0: ManagementClient,
+  choices: Choices,
+  say: (text: string) => void,
+): Promise<Setting | undefined> {
+  for (let isChanged = true; isChanged;) {
+    isChanged = false;
+    auth0.forget(); // somebody may have changed something before the answer to the question
+    const { settings } = await plan(auth0, choices);
+    for (const setting of settings) {
+      const line = await auth0.patiently(() => applyOne(setting));
+      if (line?.status === "by hand") return setting;
+      if (line) say(describe(line, "done"));
+      isChanged ||= line !== undefined;
     }
-    say(describe({ step, what, ...after }, "done"));
   }
   return undefined;
+}
+
+/** @returns The state of the setting afterwards, or undefined where it was right before. */
+async function applyOne({ read, ...setting }: Setting): Promise<Line | undefined> {
+  const before = await read();
+  if (before.status === "ok") return undefined;
+  if (before.status === "by hand") return { ...setting, ...before };
+  await before.apply();
+  const after = await read();
+  if (after.status === "ok") return { ...setting, ...after };
+  throw new Error(`${setting.what}: Auth0 took the change, and still says ${after.found}`);
 }
 
 function describe({ step, what, ...state }: Line, mark: string = state.status): string {
   const more = state.status === "to do" ? ` → ${state.will}` : state.status === "by hand" ? `\n${state.how}` : "";
   const text = `${what}: ${state.found}${more}`;
-  return `${mark.padEnd(9)}Step ${step}  ${text.replaceAll("\n", `\n${" ".repeat(17)}`)}`;
+  return `${mark.padEnd(9)}Step ${step.padEnd(2)}  ${text.replaceAll("\n", `\n${" ".repeat(18)}`)}`;
 }
 
 /** As the command line runs it. */
-export async function main(args: string[], print: (text: string) => void): Promise<number> {
-  const { values: { help, ...options } } = parseArgs({
+export async function main(args: string[], print: Print): Promise<number> {
+  const options = readOptions(
     args,
-    options: {
+    {
       way: { type: "string" },
       connection: { type: "string" },
       document: { type: "string" },
       apply: { type: "boolean" },
       yes: { type: "boolean" },
-      help: { type: "boolean" },
     },
-  });
-  if (help) {
-    print(HELP);
-    return 0;
-  }
-  const { env, differences } = readEnvironment();
-  for (const line of differences) console.error(line);
-  return await setup(env, options, print, process.stdin.isTTY ? askOnTerminal : undefined);
+    HELP,
+    print,
+  );
+  if (!options) return 0;
+  return await setup(readEnvironment(), options, print, process.stdin.isTTY ? askOnTerminal : undefined);
 }
 
 async function askOnTerminal(question: string): Promise<boolean> {
@@ -165,4 +181,4 @@ async function askOnTerminal(question: string): Promise<boolean> {
   return /^y(es)?$/i.test(answer.trim());
 }
 
-if (isMain(import.meta.url)) await runCommand(() => main(process.argv.slice(2), console.log));
+await runCommand(import.meta.url, main);
