@@ -116,7 +116,7 @@ async function checkSettings(findings: Findings, serverUrl: string, issuer: stri
     print(`\nThe tenant's settings. ${about}`);
     for (const line of lines) {
       const remedy = line.status === "by hand" ? line.how : "npm run setup -- --apply does it";
-      await check([String(line.step), line.what, remedy], () => {
+      await check([line.step, line.what, remedy], () => {
         if (line.status === "ok") return line.found;
         throw new Error(line.status === "to do" ? `${line.found} → ${line.will}` : line.found);
       });
