@@ -288,11 +288,14 @@ function parseMessage(bytes: Buffer): mcp.JSONRPCMessage {
   const body = parseJson(bytes);
   if (body?.params === null) delete body.params;
   const params = body?.params ?? {};
-  for (const object of [params, params._meta, params.capabilities, params.clientInfo]) {
+  for (const object of [params, params._meta, params.clientInfo]) {
     if (typeof object !== "object" || Array.isArray(object)) continue; // a string would be walked letter by letter
     for (const name in object) if (object[name] === null) delete object[name];
   }
   delete params.task;
+  // Nothing here reads these two, and for a megabyte of wrong ones the SDK would build an error message of 128 MB.
+  delete params.clientInfo?.icons;
+  if (typeof params.capabilities === "object") params.capabilities = {};
   const { success, data } = mcp.JSONRPCMessageSchema.safeParse(body);
   if (success) return data;
   const text = "Invalid Request: the body must be one JSON-RPC 2.0 message, and no batch";
@@ -303,7 +306,7 @@ function parseMessage(bytes: Buffer): mcp.JSONRPCMessage {
 function checkProtocolVersion({ headers }: http.IncomingMessage, message: mcp.JSONRPCMessage) {
   const header = headers["mcp-protocol-version"];
   if (header === undefined || ("method" in message && message.method === "initialize")) return;
-  const given = [...new Set(String(header).split(/\s*,\s*/))].join(", "); // Node joins repeated headers: drop repeats
+  const given = [...new Set(String(header).split(",").map((value) => value.trim()))].join(", "); // Node joins repeats
   if (mcp.SUPPORTED_PROTOCOL_VERSIONS.includes(given)) return;
   const supported = mcp.SUPPORTED_PROTOCOL_VERSIONS.join(", ");
   throw new HttpError(400, `Bad Request: Unsupported protocol version: ${given} (supported versions: ${supported})`);
@@ -360,7 +363,8 @@ function describeRequest({ method, url }: http.IncomingMessage, outcome: string,
 function describeCall(message: mcp.JSONRPCMessage): string {
   if (!("method" in message)) return "reply";
   const name = message.params?.name; // from the client, so of any type
-  return `${message.method} ${typeof name === "string" ? name : ""}`.trim().slice(0, 200);
+  const call = typeof name === "string" ? [message.method, name] : [message.method];
+  return call.map((part) => part.replace(/\s/g, "?")).join(" ").slice(0, 200); // a blank would begin another field
 }
 
 // ----------------------------------------------------------------------------------------------- start, stop

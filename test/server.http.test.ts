@@ -367,6 +367,16 @@ test("deeply nested JSON is answered, wherever in a message it is", async () => 
   }
 });
 
+test("a megabyte of what a client may say of itself gets a small answer", async () => {
+  const wrong = JSON.stringify(Array.from({ length: 500_000 }, () => 1));
+  const client = `{"name":"a","version":"1","icons":${wrong}}`;
+  for (const about of [`"capabilities":{},"clientInfo":${client}`, `"capabilities":{"experimental":${wrong}}`]) {
+    const params = `{"protocolVersion":"2025-11-25",${about}}`;
+    const reply = await send({ body: `{"jsonrpc":"2.0","id":1,"method":"initialize","params":${params}}` });
+    assert.ok((await reply.text()).length < 1_000);
+  }
+});
+
 test("Accept is ignored, since there is one representation", async () => {
   for (const accept of ["application/json", "text/event-stream", "*/*", "text/html", ""]) {
     const reply = await send({ headers: { accept } });

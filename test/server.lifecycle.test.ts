@@ -253,7 +253,7 @@ async function logOfCalls(t: TestContext, level: string): Promise<{ log: string;
   t.after(close);
   const token = await tenant.sign({ aud: url, azp: "chatgpt" });
   for (const sent of [token, `${token}x`]) {
-    const name = "no_such\u2028tool\n\u001b[31m\u202e\u200b\u009b";
+    const name = "no such\u2028tool\n\u001b[31m\u202e\u200b\u009b";
     const reply = await post(`${url}?secret=in-query`, sent, "tools/call", { name });
     await reply.text();
   }
@@ -271,7 +271,7 @@ test("LOG_LEVEL debug logs every request and its claims, without token, query or
   const [first = "", second = "", third = ""] = log.split("\n");
   assert.match(
     first,
-    / POST \/mcp tools\/call no_such\?tool\?\?\[31m\?\?\? 200 \d+ ms auth0\|alice \{"iss":"http.*"azp":"chatgpt"/,
+    / POST \/mcp tools\/call no\?such\?tool\?\?\[31m\?\?\? 200 \d+ ms auth0\|alice \{"iss":"http.*"azp":"chatgpt"/,
   );
   assert.match(second, / POST \/mcp 401 /);
   assert.match(third, / DELETE \/mcp 405 \d+ ms auth0\|alice Only POST/);
