@@ -107,6 +107,25 @@ test("setup stops where Auth0 accepts a change and does not make it", async () =
   assert.match(output, /\nAPI: Auth0 took the change, and still says none with this Identifier$/);
 });
 
+test("setup stops where Auth0's pages have no end", async () => {
+  reset(tenant);
+  const endless = () => Promise.resolve(Response.json({ connections: [], next: "again" }));
+  tenant.beforeManagement = (request, answer) => request.includes("connections") ? endless() : answer();
+  assert.match((await show()).output, /GET connections\S*: the pages have no end$/);
+});
+
+test("setup stops where something undoes its changes", async () => {
+  reset(tenant, configuredTenant("permissive", SERVER_URL, "register", "default-audience"));
+  let last = "";
+  tenant.beforeManagement = (request, answer) => {
+    const isReadAfterWrite = last.startsWith("PATCH tenants");
+    last = request;
+    if (!isReadAfterWrite) tenant.settings.resourceParameterCompatibilityProfile = false;
+    return answer();
+  };
+  assert.match((await apply()).output, /\nSomething undoes these changes: find out what, and run this again$/);
+});
+
 describe("Auth0's rate limit", () => {
   /** Answers some requests with 429. */
   function refuse(isRefused: (request: string) => boolean, headers: Record<string, string> = {}): void {
@@ -241,6 +260,11 @@ describe("Settings that are there already", () => {
       () => setAction(limitedTo(OTHER)),
       "4 Action",
       /is there, limited to the API https:\/\/other\.example\.com\/mcp Look at it under Actions → Library/,
+    ],
+    "an Action of the same name with code in the place of the API": [
+      () => setAction(limitedTo(`${SERVER_URL}" + api.access.deny("x") + "`)),
+      "4 Action",
+      /is there, with other code than auth0-action\.js/,
     ],
     "a grant of Default Permissions with other scopes": [
       api({ defaultPermissionsForThirdPartyApplications: ["tasks:read"] }),

@@ -43,7 +43,8 @@ export function compare(found: string | null | undefined, expected: string): str
 /** `fetch` with a time-out, which follows no redirect. */
 async function send(url: string | URL, init: RequestInit = {}): Promise<Response> {
   try {
-    return await fetch(url, { signal: AbortSignal.timeout(TIMEOUT_MS), ...init, redirect: "manual" });
+    const signals = [AbortSignal.timeout(TIMEOUT_MS), ...(init.signal ? [init.signal] : [])]; // the SDK sends its own
+    return await fetch(url, { ...init, signal: AbortSignal.any(signals), redirect: "manual" });
   } catch (error) {
     throw new Error(`${String(url).split("?", 1)[0]} cannot be reached: ${describeError(error)}`);
   }
@@ -277,7 +278,7 @@ export async function listenForAnswer(state: string) {
   server.listen(0, "127.0.0.1");
   await once(server, "listening");
   const { port } = server.address() as AddressInfo;
-  return { url: `http://127.0.0.1:${port}/callback`, query, close: () => server.close() };
+  return { url: `http://127.0.0.1:${port}/callback`, query, close: () => server.close().closeAllConnections() };
 }
 
 /** @param way How ChatGPT becomes a client, where that is known. */
@@ -296,7 +297,8 @@ export async function registerClient(tenant: TenantMetadata, callback: string, w
       `on. It created the application "${CLIENT_NAME}", ${clientInformation.client_id}: delete it afterwards`;
     return { said, given: { clientInformation, callback }, secrets: [clientInformation.client_secret] };
   } catch (error) {
-    const isOff = /registration.*(disabled|not enabled)/i.test(describeError(error));
+    const said = describeError(error); // two expressions, since one for both would take quadratic time
+    const isOff = /registration/i.test(said) && /disabled|not enabled/i.test(said);
     const used = way ?? (tenant.client_id_metadata_document_supported ? "cimd" : "register");
     if (!isOff || used === "register") throw error;
     throw new CannotTell(`off, and the way ${used} needs none: look with --client at ChatGPT's client`);

@@ -208,9 +208,14 @@ async function checkNewClient(target: Target, found: Discovered, way?: Way, open
 }
 
 async function checkMachine(target: Target, found: Discovered, id?: string, secret?: string) {
-  const { check, print, serverUrl } = target;
+  const { check, print, serverUrl, issuer } = target;
   print("\nA machine-to-machine token");
-  const tokens = await check(CHECKS.machineToken, () => checks.requestToken(found.tenant(), id, secret, serverUrl));
+  const named = either(() => found.resource().authorization_servers?.[0] ?? issuer, () => issuer);
+  const tokens = await check(CHECKS.machineToken, () => {
+    const tenant = found.tenant();
+    if (named() === issuer) return checks.requestToken(tenant, id, secret, serverUrl);
+    throw new CannotTell("not checked: the server names another tenant, and the secret may be meant for that one");
+  });
   const jwt = await check(CHECKS.machineTokenKind, () => checks.expectJwt(tokens()));
   await checkToken(target, found, jwt);
 }

@@ -357,7 +357,7 @@ const Binding = z.object({
 });
 
 /** The line that limits an Action to one API, as auth0-action.js shows it. */
-const LIMIT = /^if \(event\.resource_server\?\.identifier !== "(.*)"\) return;$/;
+const LIMIT = /^if \(event\.resource_server\?\.identifier !== "([^"\\]+)"\) return;$/;
 
 /** The line that the README adds under "E-mail in the profile". */
 const CLAIM = /^api\.accessToken\.setCustomClaim\("[^"]*", event\.user\.\w+\);$/;

@@ -66,6 +66,7 @@ export class ManagementClient {
       from = next ?? "";
       const isLast = items.length === 0 || (total ? all.length >= total : items.length < PAGE_SIZE);
       if (goesByNext ? !from : isLast) return all;
+      if (number === 1_000) throw new Error(`GET ${path}: the pages have no end`);
     }
   }
 

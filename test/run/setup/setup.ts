@@ -126,7 +126,8 @@ async function applyAll(
   choices: Choices,
   say: (text: string) => void,
 ): Promise<Setting | undefined> {
-  for (let isChanged = true; isChanged;) {
+  for (let isChanged = true, rounds = 0; isChanged; rounds++) {
+    if (rounds === 10) throw new Error("Something undoes these changes: find out what, and run this again");
     isChanged = false;
     auth0.forget(); // somebody may have changed something before the answer to the question
     const { settings } = await plan(auth0, choices);
