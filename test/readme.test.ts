@@ -122,6 +122,11 @@ test("the line for the e-mail works inside the Action", async () => {
   assert.deepEqual(claims, { "https://your-domain.com/email": ALICE.email });
 });
 
+const tenant = await startTenant();
+const server = await startServer({ AUTH0_DOMAIN: tenant.origin });
+const clientDocuments = await publishClientMetadata();
+after(() => Promise.all([clientDocuments.close(), server.close(), tenant.close()]));
+
 describe("Which way is yours", () => {
   const COLUMNS: [name: string, clients: ClientKind[]][] = [
     ["strict", [{ tenant: "strict", way: "register" }]],
@@ -157,9 +162,6 @@ describe("Which way is yours", () => {
   /** Configures the tenant as the table says, links the server as ChatGPT does, calls a tool, and refreshes twice. */
   async function connect(t: TestContext, client: ClientKind, leftOut?: LeftOut) {
     const { tenant: kind, way } = client;
-    const tenant = await startTenant();
-    const server = await startServer({ AUTH0_DOMAIN: tenant.origin });
-    const clientDocuments = await publishClientMetadata();
     const isSetting = leftOut !== "import" && leftOut !== "oidc" && leftOut !== "client";
     Object.assign(tenant.settings, configuredTenant(kind, server.url, way, isSetting ? leftOut : undefined));
     if (way === "cimd" && leftOut !== "import") await tenant.importFromUrl(clientDocuments.url());
@@ -170,7 +172,7 @@ describe("Which way is yours", () => {
       ...(way === "cimd" && { clientDocuments }),
       ...(way === "fixed" && leftOut !== "client" && { fixedClient: FIXED_CLIENT }),
     });
-    t.after(() => Promise.all([connector.close(), clientDocuments.close(), server.close(), tenant.close()]));
+    t.after(() => connector.close());
     await connector.link();
     await Promise.all([connector.refresh(), way === "fixed" && connector.refresh()]);
     return (await connector.callTool("list_tasks")).structuredContent;
