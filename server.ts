@@ -123,8 +123,7 @@ interface Reply {
 /** What the log says about a request. Filled in step by step, so that a refusal is logged with what was known. */
 interface LogEntry {
   caller?: Caller;
-  /** The JSON-RPC method and the tool's name. */
-  call?: string;
+  message?: mcp.JSONRPCMessage;
   refusal?: string;
 }
 
@@ -184,8 +183,7 @@ export function createServer(settings: Settings, store: TaskStore): http.Server 
   async function serveMcp(request: http.IncomingMessage, response: http.ServerResponse, entry: LogEntry) {
     entry.caller = await authenticate(request.headers.authorization);
     if (request.method !== "POST") throw new HttpError(405, "Only POST is served here", { headers: { Allow: "POST" } });
-    const message = parseMessage(await readBody(request));
-    entry.call = describeCall(message);
+    const message = entry.message = parseMessage(await readBody(request));
     checkProtocolVersion(request, message);
 
     const mcpServer = createMcpServer(entry.caller);
@@ -355,11 +353,14 @@ function createLog(level: Settings["LOG_LEVEL"]): (line: string) => void {
   };
 }
 
-function describeRequest({ method, url }: http.IncomingMessage, outcome: string, { call, caller, refusal }: LogEntry) {
+function describeRequest({ method, url }: http.IncomingMessage, outcome: string, entry: LogEntry): string {
+  const { message, caller, refusal } = entry;
+  const call = message && describeCall(message);
   const claims = JSON.stringify(caller?.claims);
   return [method, pathOf(url), call, outcome, caller?.subject, refusal, claims].filter(Boolean).join(" ");
 }
 
+/** The JSON-RPC method and the tool's name. */
 function describeCall(message: mcp.JSONRPCMessage): string {
   if (!("method" in message)) return "reply";
   const name = message.params?.name; // from the client, so of any type
