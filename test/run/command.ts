@@ -6,6 +6,12 @@ import { parseArgs, type ParseArgsConfig } from "node:util";
 /** Takes a line, or several. */
 export type Print = (text: string) => void;
 
+/** Replaces secrets and control characters, since texts come from outside. */
+export function clean(text: string, secrets: Iterable<string>): string {
+  const hidden = [...secrets].filter(Boolean).reduce((rest, secret) => rest.replaceAll(secret, "(hidden)"), text);
+  return hidden.replace(/[^\P{Cc}\n]/gu, "?");
+}
+
 type OptionsConfig = NonNullable<ParseArgsConfig["options"]>;
 
 /**

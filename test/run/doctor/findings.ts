@@ -1,5 +1,5 @@
 /** Prints a line for each check, and collects what is missing. A check passes what it has read to later ones. */
-import type { Print } from "../command.ts";
+import { clean, type Print } from "../command.ts";
 
 /** What a check says, and what it passes to later checks. */
 export interface Finding<T> {
@@ -69,6 +69,8 @@ export class Findings {
     this.#print = print;
   }
 
+  readonly #clean = (text: string): string => clean(text, this.#secrets);
+
   hide(...secrets: (string | undefined)[]): void {
     for (const secret of secrets) if (secret) this.#secrets.add(secret);
   }
@@ -135,11 +137,5 @@ export class Findings {
 
   #printLine(status: string, step: string, text: string): void {
     this.print(`${status.padEnd(13)}Step ${step.padEnd(2)} ${text.replaceAll("\n", `\n${" ".repeat(21)}`)}`);
-  }
-
-  /** Replaces secrets and control characters, since texts come from outside. */
-  #clean(text: string): string {
-    const hidden = [...this.#secrets].reduce((rest, secret) => rest.replaceAll(secret, "(hidden)"), text);
-    return hidden.replace(/[^\P{Cc}\n]/gu, "?");
   }
 }

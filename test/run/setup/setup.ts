@@ -1,7 +1,7 @@
 /** `npm run setup`: shows what Steps 1 to 5 of the README still need on a tenant, and does it, as `HELP` says. */
 import { createInterface } from "node:readline/promises";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Print, readOptions, runCommand } from "../command.ts";
+import { clean, type Print, readOptions, runCommand } from "../command.ts";
 import { describeError } from "../../../auth.ts";
 import { readEnvironment, readSettings } from "../../../server.ts";
 import { type Choices, plan, type Setting, type State, WayNeeded, WAYS } from "./guide.ts";
@@ -67,8 +67,7 @@ export async function setup(
 ): Promise<number> {
   const { MCP_SERVER_URL: serverUrl, issuer } = readSettings(env);
   const token = env.AUTH0_MANAGEMENT_TOKEN?.trim() ?? "";
-  // Names and messages come from outside, and may hold the token or control characters.
-  const say = (text: string) => print(text.replaceAll(token || "\0", "(hidden)").replace(/[^\P{Cc}\n]/gu, "?"));
+  const say = (text: string) => print(clean(text, [token]));
   try {
     const { connection, document, apply, yes } = options;
     const way = WAYS.find((one) => one === options.way);
